@@ -1,0 +1,53 @@
+"""attnspan: transformer attention over long contexts, exact or refused, in bounded memory.
+
+Names load when first used: `import attnspan` loads no torch.
+
+>>> import attnspan as span
+>>> span.SinkWindow(sinks=4, window=1020).capacity
+1024
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnspan.attention import attention as attention
+    from attnspan.attention import explain as explain
+    from attnspan.cache import Dense as Dense
+    from attnspan.cache import Int4 as Int4
+    from attnspan.cache import Int8 as Int8
+    from attnspan.models import Cache as Cache
+    from attnspan.models import attach as attach
+    from attnspan.patterns import Causal as Causal
+    from attnspan.patterns import Full as Full
+    from attnspan.patterns import Sinks as Sinks
+    from attnspan.patterns import SlidingWindow as SlidingWindow
+    from attnspan.policies import Compressive as Compressive
+    from attnspan.policies import HeavyHitter as HeavyHitter
+    from attnspan.policies import KeepAll as KeepAll
+    from attnspan.policies import PerLayer as PerLayer
+    from attnspan.policies import SinkWindow as SinkWindow
+    from attnspan.policies import Window as Window
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attention": ("attention", "explain"),
+    "cache": ("Dense", "Int4", "Int8"),
+    "models": ("Cache", "attach"),
+    "patterns": ("Causal", "Full", "Sinks", "SlidingWindow"),
+    "policies": ("Compressive", "HeavyHitter", "KeepAll", "PerLayer", "SinkWindow", "Window"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'attnspan' has no attribute {name!r}")
+    return getattr(import_module(f"attnspan.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

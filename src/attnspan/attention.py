@@ -1,0 +1,262 @@
+"""The front door: validate, choose an implementation, call it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from attnspan.kernels import sdpa as fused
+from attnspan.kernels.joint import joint
+from attnspan.kernels.merge import merge
+from attnspan.kernels.reference import reference
+from attnspan.kernels.view import KVView
+from attnspan.patterns.algebra import Pattern
+from attnspan.patterns.library import Causal
+
+IMPLS = ("auto", "reference", "sdpa")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation runs, and why."""
+
+    impl: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.impl}: {'; '.join(self.reasons)}"
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    q_offset: int | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    q_offset: int | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = Causal(),
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exactly the attention that `pattern` says, differentiable, GQA without copies of K and V.
+
+    Args:
+        q: `(batch, Hq, n, head_dim)`; float64, float32, bfloat16 or float16.
+        k: `(batch, Hkv, m, head_dim)`, `Hq % Hkv == 0`; query head `h` reads KV head
+            `h // (Hq // Hkv)`.
+        v: `(batch, Hkv, m, value_dim)`.
+        pattern: which (query position, key position) pairs see each other.
+        scale: factor of the scores; None is `head_dim ** -0.5`.
+        softcap: scores become `softcap * tanh(score / softcap)`, after the scale (Gemma 2,
+            https://arxiv.org/abs/2408.00118).
+        sink_logits: `(Hq,)`, one learned score more per head, whose value is zero (gpt-oss).
+        q_offset: the position of the first query; keys stand at 0 to m-1. None is `m - n`: the
+            queries are the last ones of the keys. A query before the first key sees none of them
+            in a causal pattern.
+        return_lse: give the log-sum-exp as well.
+        impl: "reference" (the definition, in float64), "sdpa" (torch's fused kernels), or "auto".
+
+    Returns:
+        `out (batch, Hq, n, value_dim)`, in the dtype of `q`; with `return_lse` also
+        `lse (batch, Hq, n)`: the natural logarithm of the softmax's denominator, the sink logit
+        included, in float32 (float64 for float64 input). A query that sees no key gives zeros and
+        minus infinity (with a sink logit: that logit), never NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that don't fit, or an `impl` that can't do
+            this.
+        TypeError: an argument of a wrong type.
+
+    >>> q, k, v = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4), torch.eye(3, 4)[None, None]
+    >>> attention(q, k, v)[0, 0, 0]
+    tensor([0.3333, 0.3333, 0.3333, 0.0000])
+    """
+    _check_tensors(q, k, v, sink_logits)
+    _check_options(pattern, scale, softcap, q_offset, impl)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    match _choose(q, k, v, softcap, impl).impl:
+        case "sdpa":
+            out, lse = fused.sdpa(
+                q, k, v, pattern, q_offset=offset, scale=scale, sink_logits=sink_logits
+            )
+        case _:
+            out, lse = reference(
+                q,
+                k,
+                v,
+                pattern,
+                q_offset=offset,
+                scale=scale,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = Causal(),
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    q_offset: int | None = None,
+    impl: str = "auto",
+) -> Explanation:
+    """Which implementation `attention` would run for the same arguments, and why; raises as it.
+
+    >>> x = torch.zeros(1, 1, 2, 4)
+    >>> print(explain(x, x, x, softcap=30.0))
+    reference: sdpa can't: it has no logit soft cap
+    """
+    _check_tensors(q, k, v, sink_logits)
+    _check_options(pattern, scale, softcap, q_offset, impl)
+    return _choose(q, k, v, softcap, impl)
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, impl: str) -> Explanation:
+    lack = fused.lacks(q, k, v, softcap)
+    if impl == "auto":
+        if lack is None:
+            return Explanation("sdpa", ("it is the faster of those that can do this",))
+        return Explanation("reference", (f"sdpa can't: {lack}",))
+    if impl == "sdpa" and lack is not None:
+        raise ValueError(f"attention: impl 'sdpa' can't do this: {lack}; 'reference' can")
+    return Explanation(impl, ("it was asked for",))
+
+
+def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} is a {type(x).__name__}; a tensor is allowed")
+        if x.dim() != 4 or not x.shape[3]:
+            raise ValueError(
+                f"attention: {name} has the shape {tuple(x.shape)}; (batch, heads, sequence, "
+                "head_dim) with a head_dim of at least 1 is allowed"
+            )
+        if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"attention: {name} is {x.dtype} on {x.device}; one of float64, float32, bfloat16 "
+                "and float16 is allowed, the same for q, k and v, on one device"
+            )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} don't fit; "
+            "q (batch, Hq, n, head_dim), k (batch, Hkv, m, head_dim) and v (batch, Hkv, m, "
+            "value_dim) are allowed"
+        )
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: {q.shape[1]} query heads and {k.shape[1]} KV heads; a multiple of at "
+            "least one KV head is allowed"
+        )
+    if sink_logits is not None and not (
+        isinstance(sink_logits, Tensor)
+        and sink_logits.shape == q.shape[1:2]
+        and sink_logits.dtype in _DTYPES
+        and sink_logits.device == q.device
+    ):
+        got = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else repr(sink_logits)
+        raise ValueError(
+            f"attention: sink_logits is {got}; None or a float tensor of shape "
+            f"({q.shape[1]},), one for each query head, on {q.device} is allowed"
+        )
+
+
+def _check_options(pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: Any) -> None:
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"attention: pattern is {pattern!r}; a Pattern such as Causal() is allowed")
+    if scale is not None and not _is_finite(scale):
+        raise ValueError(f"attention: scale is {scale!r}; None or a finite number is allowed")
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
+        raise ValueError(
+            f"attention: softcap is {softcap!r}; None or a finite number above 0 is allowed"
+        )
+    if q_offset is not None and (isinstance(q_offset, bool) or not isinstance(q_offset, int)):
+        raise ValueError(f"attention: q_offset is {q_offset!r}; None or a whole number is allowed")
+    if impl not in IMPLS:
+        raise ValueError(f"attention: impl is {impl!r}; one of {', '.join(IMPLS)} is allowed")
+
+
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+# Up to so many scores in one head, a plain softmax over them beats a fused kernel for each part
+# and their merge.
+_FEW = 4096
+
+
+def attend(
+    view: KVView,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_scores: bool = False,
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Attention over what a cache holds: one softmax over all parts of the view.
+
+    Every query must see a key of every part. The arguments are those of `attention`; a view comes
+    from a cache and isn't checked again.
+
+    Args:
+        return_scores: give, for each part, the attention that its keys received, summed over the
+            queries and the query heads of a KV head, float32 `(batch, num_kv_heads, n)`.
+
+    Returns:
+        `out (batch, num_heads, m, head_dim)` and the scores, or None.
+    """
+    query = view.parts[0].query
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    few = query.shape[2] == 1 or all(
+        query.shape[2] * part.key.shape[2] <= _FEW for part in view.parts
+    )
+    if few or return_scores or softcap is not None or fused.lacks(query, query, query) is not None:
+        return joint(
+            view, scale=scale, softcap=softcap, sink_logits=sink_logits, return_scores=return_scores
+        )
+    results = [fused.partial(p.query, p.key, p.value, p.mask, scale) for p in view.parts]
+    outs, lses = zip(*results, strict=True)
+    if sink_logits is not None:
+        # A learned sink is a part of its own: one key of that score whose value is zero.
+        sink = sink_logits.to(lses[0].dtype)[:, None].expand_as(lses[0])
+        outs, lses = (*outs, torch.zeros_like(outs[0])), (*lses, sink)
+    return merge(outs, lses)[0] if len(outs) > 1 else outs[0], None

@@ -1,0 +1,270 @@
+"""Lanes whose policy keeps the first tokens and the last ones: a rolling buffer.
+
+A token past the sinks sits in slot `(position - sinks) % slots`. Where the frequencies of the rotary
+embedding don't depend on length, keys are rotated once, at insertion, by their place in the stream:
+angles come from float64, and the distances within the window are what counts. The sinks are held
+un-rotated and stand right before the window, so a query meets them rotated by its place inside the
+cache; the two parts are joined by one softmax. Where frequencies depend on length, keys are held
+un-rotated and rotated at use. Nothing stored is ever rotated again.
+
+>>> from attnspan.cache.ring import Span
+>>> Span(sinks=4, window=6, block=1).least(20)  # the oldest token that token 20 sees, sinks apart
+15
+>>> Span(sinks=4, window=6, block=8).least(20)  # decided at token 16, which saw tokens 11 to 16
+11
+>>> Span(sinks=4, window=6, block=1).place(20)  # inside the cache: 4 sinks, 6 in the window
+9
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnspan.attention import attend
+from attnspan.cache.lane import SEGMENT, Call, Lane
+from attnspan.cache.storage import Fields
+from attnspan.cache.tables import Tables
+from attnspan.kernels.view import KVView, Part
+from attnspan.positions import rotate
+
+_GROWTH = 256
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a query at a stream position sees of the tokens past the sinks."""
+
+    sinks: int
+    window: int | None
+    block: int
+
+    def least(self, position: int) -> int:
+        """The first token past the sinks that the query at `position` sees."""
+        if self.window is None:
+            return self.sinks
+        decided = position - position % self.block
+        return max(self.sinks, decided - self.window + 1)
+
+    def place(self, position: int) -> int:
+        """The query's own position inside the cache."""
+        if position < self.sinks:
+            return position
+        return self.sinks + position - self.least(position)
+
+
+@dataclass
+class RingLane(Lane):
+    """A lane with a rolling buffer."""
+
+    span: Span = field(init=False)
+
+    def __post_init__(self) -> None:
+        band = self.policy.band
+        assert band is not None, "policies without a closed form have lanes of their own"
+        self.span = Span(band.sinks, band.window, self.policy.block)
+        super().__post_init__()
+
+    def _allocate_extra(self) -> None:
+        if self.span.sinks:
+            self.extra["sink_key"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
+            self.extra["sink_value"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
+
+    @property
+    def _slots(self) -> int | None:
+        """Slots of the rolling buffer; None for one that never rolls."""
+        capacity = self.policy.capacity
+        return None if capacity is None else capacity - self.span.sinks
+
+    def _slots_needed(self) -> int:
+        slots = self._slots if self._slots is not None else self.limit
+        if slots is None:
+            # Half as much again at each growth: copies stay proportional to the stream.
+            wanted = max(self.seen, int(self.seen * 1.5)) if self.seen else 1
+            slots = -(-wanted // _GROWTH) * _GROWTH
+        if self._warm:
+            slots = min(slots, self._freeze_at - self.span.sinks)
+        return max(1, slots)
+
+    def _slots_full(self) -> int:
+        return self._slots or self.limit or 1
+
+    def _cut(self, start: int) -> int:
+        if start < self.span.sinks:
+            return self.span.sinks
+        if not self.spec.depends_on_length:
+            return start + SEGMENT
+        regime = self._regime(start)
+        stop = start + 1
+        while stop - start < SEGMENT and self._regime(stop) == regime:
+            stop += 1
+        return stop
+
+    def _regime(self, position: int) -> int:
+        assert self.spec.rope is not None
+        return self.spec.rope.regime(self.span.place(position) + 1)
+
+    @property
+    def tokens_held(self) -> int:
+        slots = self._slots
+        past = max(0, self.seen - self.span.sinks)
+        return min(self.seen, self.span.sinks) + (past if slots is None else min(past, slots))
+
+    def _used(self) -> int:
+        return max(0, self.tokens_held - self.span.sinks)
+
+    def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        start, m, sinks = self.seen, q.shape[2], self.span.sinks
+        stop, tables = start + m, call.tables
+        length = self.span.place(start) + 1
+        if start < sinks:
+            self.extra["sink_key"][:, :, start:stop] = k
+            self.extra["sink_value"][:, :, start:stop] = v
+            part = Part(
+                self._rotate(q, start, length, tables),
+                self._rotate(self.extra["sink_key"][:, :, :stop], 0, length, tables),
+                self.extra["sink_value"][:, :, :stop],
+                self._mask(tables, start, m, sinks_only=True) if m > 1 else None,
+            )
+            self._advance(k)
+            return self._attend((part,), call)
+        parts = []
+        if sinks:
+            parts.append(
+                Part(
+                    self._rotate_at_places(q, start, length, tables),
+                    self._rotate(self.extra["sink_key"], 0, length, tables),
+                    self.extra["sink_value"],
+                )
+            )
+        rotated_q = self._rotate(q, start, length, tables)
+        stored = k if self.spec.depends_on_length else self._rotate(k, start, length, tables)
+        new = self._encode(stored, v)
+        if m == 1:
+            self._write(start, new)
+            count = min(stop - sinks, self._slots or stop)
+            fields = {n: x[:, :, :count] for n, x in self.fields.items()}
+        else:
+            count = self._used()
+            fields = {n: torch.cat((x[:, :, :count], new[n]), 2) for n, x in self.fields.items()}
+        key, value = self._decode(fields)
+        if self.spec.depends_on_length:
+            key = self._rotate_slots(key, start, m, length, tables)
+        mask = None
+        if m > 1 or (self.policy.block > 1 and stop - self.span.least(start) < count):
+            mask = self._mask(tables, start, m)
+        parts.append(Part(rotated_q, key, value, mask))
+        out = self._attend(tuple(parts), call)
+        if m > 1:
+            self._write(start, new)
+        self._advance(stored)
+        return out
+
+    def _attend(self, parts: tuple[Part, ...], call: Call) -> Tensor:
+        out, _ = attend(
+            KVView(parts), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits
+        )
+        return out
+
+    def _rotate_at_places(self, q: Tensor, start: int, length: int, tables: Tables) -> Tensor:
+        """Queries rotated by their places inside the cache."""
+        rope, m = self.spec.rope, q.shape[2]
+        if rope is None:
+            return q
+        first, last = self.span.place(start), self.span.place(start + m - 1)
+        if last - first == m - 1:
+            return self._rotate(q, first, length, tables)
+        key = ("places", rope, self.span, start, m, rope.regime(length), q.dtype, q.device)
+
+        def make() -> tuple[Tensor, Tensor]:
+            places = [self.span.place(start + t) for t in range(m)]
+            wide = torch.promote_types(q.dtype, torch.float32)
+            return rope.cos_sin(torch.tensor(places, device=q.device), length, wide)
+
+        cos, sin = tables.get(key, make)
+        return rotate(q, cos, sin, rope.interleaved)
+
+    def _rotate_slots(self, key: Tensor, start: int, m: int, length: int, tables: Tables) -> Tensor:
+        """Keys as they lie in the slots (and `m` new ones behind them), rotated by position."""
+        rope = self.spec.rope
+        assert rope is not None
+        name = ("slots", rope, self.span, start, m, rope.regime(length), key.dtype, key.device)
+
+        def make() -> tuple[Tensor, Tensor]:
+            wide = torch.promote_types(key.dtype, torch.float32)
+            return rope.cos_sin(self._positions(start, m, key.device), length, wide)
+
+        cos, sin = tables.get(name, make)
+        return rotate(key, cos, sin, rope.interleaved)
+
+    def _positions(self, start: int, m: int, device: torch.device) -> Tensor:
+        """Stream positions of the keys that a segment reads, in the order in which it reads them.
+
+        One new token is read where it was written; several are read behind the old ones.
+        """
+        sinks, slots = self.span.sinks, self._slots
+        stop = start + 1 if m == 1 else start
+        held = stop - sinks
+        if slots is None or held <= slots:
+            old = torch.arange(sinks, stop, device=device)
+        else:
+            slot = torch.arange(slots, device=device)
+            last = stop - 1
+            old = last - ((last - sinks) % slots - slot) % slots
+        if m == 1:
+            return old
+        return torch.cat((old, torch.arange(start, start + m, device=device)))
+
+    def _mask(self, tables: Tables, start: int, m: int, sinks_only: bool = False) -> Tensor:
+        key = ("mask", self.span, self._slots, start, m, sinks_only, self.dtype, self.device)
+
+        def make() -> tuple[Tensor]:
+            query = torch.arange(start, start + m, device=self.device)[:, None]
+            if sinks_only:
+                position = torch.arange(start + m, device=self.device)
+                seen = position <= query
+            else:
+                position = self._positions(start, m, self.device)
+                seen = position <= query
+                if self.span.window is not None:
+                    decided = query - query % self.span.block
+                    seen &= position > decided - self.span.window
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            return (mask.masked_fill_(~seen, float("-inf")),)
+
+        return tables.get(key, make)[0]
+
+    def _write(self, start: int, new: Fields) -> None:
+        """Writes tokens from stream position `start` on to their slots."""
+        first = start - self.span.sinks
+        m = next(iter(new.values())).shape[2]
+        slots = self._slots
+        if slots is None:
+            self._grow(first + m)
+            self._put(first, new)
+            return
+        skipped = max(0, m - slots)  # those would be overwritten by the same segment
+        begin = (first + skipped) % slots
+        fitting = min(m - skipped, slots - begin)
+        self._put(begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()})
+        if skipped + fitting < m:
+            self._put(0, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
+
+    def _grow(self, slots: int) -> None:
+        held = next(iter(self.fields.values())).shape[2]
+        if slots <= held:
+            return
+        if self.limit is not None and slots > self.limit and not self._warm:
+            raise RuntimeError(
+                f"policy keep-all: the cache is full with {held} tokens, all that max_bytes "
+                "allows; a policy with a window streams on"
+            )
+        wanted = max(slots, int(held * 1.5)) if self.limit is None else slots
+        slots = -(-wanted // _GROWTH) * _GROWTH if self.limit is None else wanted
+        with torch.inference_mode(False):
+            larger = self._allocate(self._holder, slots)
+            for name, x in self.fields.items():
+                larger[name][:, :, :held] = x
+            self.fields = larger

@@ -1,0 +1,39 @@
+"""Angles and masks that all layers of one forward share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from attnspan.positions import Rope
+
+
+class Tables:
+    """What the layers of one forward would compute alike, computed once. Empty before each forward."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, tuple[Tensor, ...]] = {}
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def cos_sin(
+        self, rope: Rope, start: int, stop: int, length: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions `start <= p < stop`, `(stop - start, rotary_dim/2)`."""
+        key = (rope, start, stop, rope.regime(length), like.dtype, like.device)
+
+        def make() -> tuple[Tensor, ...]:
+            positions = torch.arange(start, stop, device=like.device)
+            # fp32 at least: bf16 cosines would lose what angles from float64 gained.
+            return rope.cos_sin(positions, length, torch.promote_types(like.dtype, torch.float32))
+
+        cos, sin = self.get(key, make)
+        return cos, sin
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if key not in self._held:
+            self._held[key] = make()
+        return self._held[key]

@@ -1,0 +1,57 @@
+"""One softmax over all parts of a view, with the scores in memory: for few queries, and for H2O.
+
+The arithmetic is that of the definition, in float32 for 16-bit input. The attention that each key
+received comes out as a by-product, so heavy hitters cost no second pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnspan.kernels.view import KVView
+
+
+def joint(
+    view: KVView,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_scores: bool = False,
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Attention of a view's queries over all its parts.
+
+    Returns:
+        `out (batch, num_heads, m, head_dim)`, and with `return_scores`, for each part, the
+        attention that its keys received, summed over the queries and the query heads of a KV head,
+        float32 `(batch, num_kv_heads, n)`.
+    """
+    query = view.parts[0].query
+    batch, heads, m, head_dim = query.shape
+    kv_heads = view.parts[0].key.shape[1]
+    packed = (batch, kv_heads, heads // kv_heads * m, head_dim)  # K is read once for its group
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = []
+    for part in view.parts:
+        x = torch.matmul(part.query.reshape(packed), part.key.transpose(-1, -2)).to(wide) * scale
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
+        if part.mask is not None:
+            x = (x.unflatten(2, (-1, m)) + part.mask.to(wide)).flatten(2, 3)
+        logits.append(x)
+    if sink_logits is not None:
+        sink = sink_logits.to(wide).view(1, kv_heads, -1, 1, 1)
+        logits.append(sink.expand(batch, -1, -1, m, 1).flatten(2, 3))
+    weights = torch.softmax(torch.cat(logits, -1) if len(logits) > 1 else logits[0], dim=-1)
+    out, scores, start = None, [], 0
+    for part in view.parts:
+        n = part.key.shape[2]
+        weight = weights.narrow(-1, start, n)
+        if return_scores:
+            scores.append(weight.sum(2, dtype=torch.float32))
+        term = torch.matmul(weight.to(part.value.dtype), part.value)
+        out = term if out is None else out + term
+        start += n
+    assert out is not None, "a view has at least one part"
+    return out.view(batch, heads, m, head_dim), scores if return_scores else None

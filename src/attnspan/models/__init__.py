@@ -1,0 +1,6 @@
+"""Hugging Face models: attaching, caching, loading, and the bundled model."""
+
+from attnspan.models.attach import attach
+from attnspan.models.cache import Cache
+
+__all__ = ["Cache", "attach"]

@@ -1,0 +1,233 @@
+"""`with attach(model):` a Hugging Face model whose forward works with `attnspan.Cache`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnspan.models.anatomy import Anatomy, Refused, Unrotated, device_of, probe, refuse_unknown
+from attnspan.models.cache import Cache
+from attnspan.models.interface import Interface
+from attnspan.policies import KeepAll
+
+
+@contextmanager
+def attach(model: nn.Module) -> Iterator[nn.Module]:
+    """For the block's length, `model` takes an `attnspan.Cache` as `past_key_values`.
+
+    Calls without such a cache run as ever. The model is checked first: its layers must be explained
+    by a probe, and a few tokens through a cache must give the logits of the untouched model.
+
+    Args:
+        model: a decoder of Hugging Face transformers, in eval mode.
+
+    Raises:
+        ValueError: where the model can't be done exactly; one sentence says why.
+    """
+    if "_attnspan" in model.__dict__:
+        raise ValueError("model is attached already; one `with attnspan.attach(model):` is allowed")
+    attachment = _Attachment(model)
+    attachment.install()
+    try:
+        attachment.check()
+        yield model
+    finally:
+        attachment.remove()
+
+
+class _Attachment:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        self.interface = Interface(model)
+        self.anatomy: Anatomy = probe(model, self.interface)
+        self.unrotated = Unrotated(self.anatomy.widths, self.interface)
+        self.forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self.cache: Cache | None = None
+
+    def install(self) -> None:
+        self.model.__dict__["_attnspan"] = self
+        for module, wrapper in ((self.base, self._one_forward), (self.model, self._in_chunks)):
+            self._wrap(module, wrapper)
+
+    def remove(self) -> None:
+        for module in (self.model, self.base):
+            module.__dict__.pop("forward", None)
+        self.model.__dict__.pop("_attnspan", None)
+
+    def _wrap(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
+        forward = module.forward
+        signature = inspect.signature(forward)
+
+        @wraps(forward)  # generate reads the signature to learn what the model takes
+        def call(*args: Any, **kwargs: Any) -> Any:
+            names = list(signature.parameters)
+            kwargs |= dict(zip(names, args, strict=False))
+            if not isinstance(kwargs.get("past_key_values"), Cache):
+                return forward(**kwargs)
+            return wrapper(forward, kwargs)
+
+        module.__dict__["forward"] = call
+
+    def check(self) -> None:
+        """Holds a few tokens through a cache, in two calls, against the untouched model."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        ids = (torch.arange(9, device=device_of(self.model)) * 5 + 2)[None] % vocabulary
+        with torch.no_grad():
+            expected = _first(self.model(input_ids=ids, use_cache=False))
+            cache = Cache(self.model, KeepAll())
+            parts = [
+                _first(self.model(input_ids=part, past_key_values=cache, use_cache=True))
+                for part in (ids[:, :6], ids[:, 6:])
+            ]
+        got = torch.cat(parts, dim=1)
+        error = float((got - expected).abs().max())
+        scale = max(1.0, float(expected.abs().max()))
+        allowed = 64 * torch.finfo(expected.dtype).eps * scale
+        if not error <= allowed:
+            raise Refused(
+                f"model type {self.model.config.model_type!r} gives other outputs through a cache "  # type: ignore[union-attr]
+                f"(off by {error:.2g}, {allowed:.2g} is allowed), so it can't be done exactly"
+            )
+
+    def _in_chunks(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """A long input goes through in chunks, so that no layer ever sees it whole."""
+        cache: Cache = kwargs["past_key_values"]
+        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+        whole = kwargs.get(name)
+        if whole is None or whole.shape[1] <= cache.chunk:
+            return self._one(forward, kwargs)
+        for wanted in ("labels", "output_hidden_states", "output_attentions"):
+            if kwargs.get(wanted) is not None and kwargs.get(wanted) is not False:
+                raise ValueError(
+                    f"{wanted} is given with {whole.shape[1]} tokens, which go through in chunks of "
+                    f"{cache.chunk}; a chunk's length or less is allowed"
+                )
+        length = whole.shape[1]
+        keep = kwargs.get("logits_to_keep") or 0
+        outputs, results = [], None
+        for start in range(0, length, cache.chunk):
+            stop = min(start + cache.chunk, length)
+            part = dict(kwargs)
+            for each in (name, "position_ids", "cache_position"):
+                if kwargs.get(each) is not None:
+                    part[each] = kwargs[each][..., start:stop] if each != "inputs_embeds" else (
+                        kwargs[each][:, start:stop]
+                    )
+            mask = kwargs.get("attention_mask")
+            if mask is not None:
+                _check_mask(mask)
+                part["attention_mask"] = mask[:, : mask.shape[1] - length + stop]
+            results = self._one(forward, part)
+            if not (isinstance(keep, int) and keep and stop <= length - keep):
+                outputs.append(_first(results))
+        joined = torch.cat(outputs, dim=1)
+        if isinstance(keep, int) and keep:
+            joined = joined[:, -keep:]
+        if isinstance(results, tuple):
+            return (joined, *results[1:])
+        assert results is not None
+        results[next(iter(results))] = joined
+        return results
+
+    def _one(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        if self.model is self.base:
+            return self._one_forward(forward, kwargs)
+        return forward(**kwargs)
+
+    def _one_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        """One forward of the decoder with an attnspan.Cache."""
+        cache: Cache = kwargs["past_key_values"]
+        if cache.model is not self.model:
+            raise ValueError("past_key_values is an attnspan.Cache made for another model")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is True; a bounded cache has no weights to return")
+        whole = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        mask = kwargs.pop("attention_mask", None)
+        if mask is not None:
+            _check_mask(mask)
+        seen = list(zip(cache.rows, cache.seen, strict=True))
+        batch, width = whole.shape[:2]
+        self._check_positions(kwargs.pop("position_ids", None), seen, mask, batch, width)
+        cache.begin(batch, width, mask)
+        failed = True
+        self.cache = cache
+        try:
+            with self.interface.diverted(self._attend, self.unrotated):
+                result = forward(**kwargs)
+            failed = False
+        finally:
+            cache.end(failed)
+            self.cache = None
+        return result
+
+    def _check_positions(
+        self,
+        positions: Tensor | None,
+        seen: list[tuple[list[int], int]],
+        mask: Tensor | None,
+        batch: int,
+        width: int,
+    ) -> None:
+        """A cache counts positions itself, so those given must be what it counts."""
+        if positions is None:
+            return
+        start = torch.zeros(batch, 1, dtype=torch.long)
+        for rows, count in seen:
+            start[rows] = count
+        start = start.to(positions.device)
+        if mask is None:
+            agrees = positions == start + torch.arange(width, device=positions.device)
+        else:
+            new = mask[:, -width:].to(positions.device).long()
+            agrees = (positions == start + new.cumsum(1) - 1) | (new == 0)
+        if not bool(agrees.all()):
+            raise ValueError(
+                "position_ids don't count on from the tokens that the cache has seen, padding left "
+                "out; leave them out, or give those"
+            )
+
+    def _attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        refuse_unknown(kwargs)
+        layer = getattr(k, "attnspan_layer", None)
+        if layer is None or self.cache is None:
+            raise Refused("the model changes keys after the cache saw them, so it can't be done exactly")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise RuntimeError(
+                "attnspan.Cache holds no graph: call the model under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
+        return self.cache.attend(
+            layer, q, k, v, scale=scaling, softcap=softcap, sink_logits=s_aux
+        )
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {shape}; with an attnspan.Cache (batch, tokens) is allowed, "
+            "which marks padding"
+        )
+
+
+def _first(output: Any) -> Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    return output[0]

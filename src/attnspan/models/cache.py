@@ -1,0 +1,361 @@
+"""The cache that Hugging Face models take: any policy, any storage, a layer each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin
+
+from attnspan.cache.lane import Call
+from attnspan.cache.layer import LayerCache, Span
+from attnspan.cache.storage import Dense, Storage
+from attnspan.cache.tables import Tables
+from attnspan.models.anatomy import Anatomy, anatomy_of
+from attnspan.models.budget import held_limit, resolve
+from attnspan.policies import PerLayer, Policy
+
+
+class Cache(TransformersCache):
+    """Keys and values of a stream, bounded by a policy.
+
+    It works inside `attnspan.attach(model)`, with `model(...)` and `model.generate(...)`; an
+    unattached model that meets it raises. Rows of a batch may be padded left or right.
+
+    Args:
+        model: the model that the cache is for, as given to `attach`.
+        policy: which tokens stay, for every layer or a `PerLayer`; layers that the model trained
+            with a sliding window keep exactly that window.
+        storage: how keys and values are held: `Dense()`, `Int8()` or `Int4()`.
+        max_bytes: a hard bound on the cache's bytes, what it stages while it works included.
+        rollback: how many tokens `crop` may take back.
+        chunk: longer inputs go through the model in chunks of so many tokens.
+
+    Raises:
+        ValueError: where the model can't be cached exactly, a size is wrong or `max_bytes` is too
+            small; the sentence names which.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy | PerLayer,
+        storage: Storage | None = None,
+        *,
+        max_bytes: int | None = None,
+        rollback: int = 0,
+        chunk: int = 1024,
+    ) -> None:
+        for name, value, least in (
+            ("max_bytes", max_bytes, 1),
+            ("rollback", rollback, 0),
+            ("chunk", chunk, 1),
+        ):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} is {value!r}; a whole number of at least {least} is allowed")
+        if not isinstance(policy, Policy | PerLayer):
+            raise TypeError(f"policy is {policy!r}; a policy such as SinkWindow(4, 1020) is allowed")
+        self.model = model
+        self.anatomy: Anatomy = anatomy_of(model)
+        self.policy = policy
+        self.storage = storage if storage is not None else Dense()
+        self.max_bytes, self.rollback, self.chunk = max_bytes, rollback, chunk
+        self.policies = resolve(policy, self.anatomy.layers)
+        self.tables = Tables()
+        self.caches: list[LayerCache] = []
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._clear()
+        self._check_budget(batch=1)
+        super().__init__(layers=[_Layer(self, i) for i in range(len(self.policies))])
+
+    def _clear(self) -> None:
+        self.caches = [
+            LayerCache(layer.spec, policy, self.storage, None, self.rollback)
+            for layer, policy in zip(self.anatomy.layers, self.policies, strict=True)
+        ]
+        self.rows: list[list[int]] = []  # the batch rows of each lane
+        self.seen: list[int] = []  # the tokens that each lane has seen
+        self.columns = 0  # padding included, which is what transformers counts
+        self.spans: list[Span] | None = None
+        self.undoable = 0
+        self.peak_bytes = 0
+        self.peak_tokens_held = 0
+        self.broken = False
+
+    # What users ask ---------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now: keys, values, scales, scores, positions and journals."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that went by, padding not counted, in the row that saw most."""
+        return max(self.seen, default=0)
+
+    @property
+    def tokens_held(self) -> int:
+        """Slots in use, in the layer and row that hold most."""
+        return max((lane.tokens_held for c in self.caches for lane in c.lanes), default=0)
+
+    def __repr__(self) -> str:
+        return (
+            f"Cache({self.policy}, {self.storage}, {self.tokens_seen} tokens seen, "
+            f"{self.tokens_held} held, {self.nbytes} bytes)"
+        )
+
+    # One forward, called by the attachment ------------------------------------------------------
+
+    def begin(self, batch: int, width: int, mask: Tensor | None) -> None:
+        """Plans a forward over `width` new columns; `mask` marks those that are tokens.
+
+        Nothing of the cache changes if this raises.
+        """
+        if self.broken:
+            raise RuntimeError("the cache was left half-updated by a failed forward: call reset()")
+        if self.rows and batch != self.batch_size:
+            raise ValueError(f"the batch has {batch} rows; the cache holds {self.batch_size}")
+        if not self.rows:
+            self._check_budget(batch)
+        edges = _edges(batch, width, mask)
+        rows = self.rows or [list(range(batch))]
+        self._split(rows, edges)
+        self.spans = []
+        for lane, members in enumerate(self.rows):
+            start, stop = edges[members[0]]
+            everyone = len(members) == batch
+            if stop > start:
+                index = None if everyone else torch.tensor(members)
+                self.spans.append(Span(lane, index, start, stop))
+                self.seen[lane] += stop - start
+        self.columns += width
+        self.undoable = min(self.rollback, self.undoable + width)
+        self.tables.clear()
+
+    def _split(self, rows: list[list[int]], edges: list[tuple[int, int]]) -> None:
+        """Lanes are split where their rows no longer go in step."""
+        seen = self.seen or [0]
+        self.rows, self.seen = [], []
+        for lane, members in enumerate(rows):
+            groups: dict[tuple[int, int], list[int]] = {}
+            for row in members:
+                groups.setdefault(edges[row], []).append(row)
+            if len(groups) > 1:
+                places = [torch.tensor([members.index(r) for r in g]) for g in groups.values()]
+                for cache in self.caches:
+                    if cache.lanes:
+                        cache.split(len(self.rows), places)
+            self.rows += groups.values()
+            self.seen += [seen[lane]] * len(groups)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        """Layer `layer`'s attention over what its policy holds and the new keys and values."""
+        if self.spans is None:
+            raise RuntimeError("attend is for a model inside attnspan.attach")
+        cache = self.caches[layer]
+        if not cache.lanes:
+            cache.start([len(r) for r in self.rows], k.dtype, k.device)
+        return cache.attend(q, k, v, self.spans, Call(self.tables, **call))
+
+    def end(self, failed: bool) -> None:
+        """Closes a forward."""
+        self.spans, self.broken = None, failed
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        self.peak_tokens_held = max(self.peak_tokens_held, self._seen_at_once())
+
+    def _seen_at_once(self) -> int:
+        """The most tokens that a query has seen so far."""
+        most = self.tokens_seen
+        return max(
+            most if p.capacity is None else min(most, p.capacity) for p in self.policies
+        )
+
+    def _check_budget(self, batch: int) -> None:
+        if self.max_bytes is None:
+            return
+        limit = held_limit(self, batch)
+        for cache in self.caches:
+            cache.limit = limit
+
+    # What transformers calls --------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Marks the keys for the attention, which takes them in: only it sees the queries."""
+        if self.spans is None:
+            raise RuntimeError(
+                "this attnspan.Cache met a model that is not attached: "
+                "call it inside `with attnspan.attach(model):`"
+            )
+        key_states.attnspan_layer = layer_idx  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that went by, padding included; never the slots held."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # a stream has no end
+
+    @property
+    def batch_size(self) -> int:
+        return sum(len(r) for r in self.rows) or -1
+
+    def reset(self) -> None:
+        """Forgets the stream."""
+        self._clear()
+        self._check_budget(batch=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, at most `rollback` of them.
+
+        Raises:
+            ValueError: when that many can't be taken back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; a negative number, how many tokens to take "
+                "back, is allowed"
+            )
+        tokens = -tokens_to_remove
+        if tokens == 0:
+            return
+        if tokens > min(self.undoable, min(self.seen, default=0)):
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; with rollback={self.rollback}, "
+                f"{self.undoable} tokens can be taken back now"
+            )
+        self.tables.clear()
+        for cache in self.caches:
+            cache.undo(tokens, Call(self.tables))
+        self.seen = [seen - tokens for seen in self.seen]
+        self.columns -= tokens
+        self.undoable -= tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other."""
+        if self.rows:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row `i` becomes what row `indices[i]` was."""
+        if not self.rows:
+            return
+        lane_of = {row: (lane, at) for lane, m in enumerate(self.rows) for at, row in enumerate(m)}
+        chosen: dict[int, list[tuple[int, int]]] = {}
+        for new, old in enumerate(indices.tolist()):
+            lane, at = lane_of[old]
+            chosen.setdefault(lane, []).append((new, at))
+        for cache in self.caches:
+            cache.select({lane: torch.tensor([at for _, at in c]) for lane, c in chosen.items()})
+        self.rows = [[new for new, _ in c] for c in chosen.values()]
+        self.seen = [self.seen[lane] for lane in chosen]
+
+    # Snapshots ------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a saved state must agree with: model, policy, storage, dtype and rollback."""
+        return {
+            "model": model_fingerprint(self.model),
+            "policy": str(self.policy),
+            "storage": str(self.storage),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rollback": self.rollback,
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON that `load_state` of a like cache takes over bit for bit."""
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for i, cache in enumerate(self.caches):
+            named, counts = cache.state()
+            tensors |= {f"{i}.{name}": x for name, x in named.items()}
+            layers.append(counts)
+        names = ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held")
+        meta = {name: getattr(self, name) for name in names}
+        return tensors, {**meta, "layers": layers, "fingerprint": self.fingerprint()}
+
+    def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Takes over what `state` gave.
+
+        Raises:
+            ValueError: when the state is of another model, policy or storage.
+        """
+        ours = self.fingerprint()
+        for name, value in ours.items():
+            theirs = meta.get("fingerprint", {}).get(name)
+            if theirs != value:
+                raise ValueError(f"the state was saved with {name} {theirs!r}; this cache has {value!r}")
+        self._clear()
+        self._check_budget(sum(map(len, meta["rows"])) or 1)
+        for i, (cache, counts) in enumerate(zip(self.caches, meta["layers"], strict=True)):
+            prefix = f"{i}."
+            named = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+            cache.restore(named, counts, self.dtype, next(self.model.parameters()).device)
+        for name in ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held"):
+            setattr(self, name, meta[name])
+
+
+class _Layer(CacheLayerMixin):
+    """What transformers asks of a layer; the work is done by the cache."""
+
+    supports_early_init = False
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.is_croppable = cache.rollback > 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Lanes are made at the first attention."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+        return self.cache.update(key_states, value_states, self.index)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of the model's config and of a sample of every parameter."""
+    config = model.config.to_dict()  # type: ignore[union-attr,operator]
+    for passing in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(passing, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _edges(batch: int, width: int, mask: Tensor | None) -> list[tuple[int, int]]:
+    """Each row's first token and the column after its last, of the new columns."""
+    if mask is None:
+        return [(0, width)] * batch
+    new = mask[:, -width:].bool()
+    counts, firsts = new.sum(1).tolist(), new.int().argmax(1).tolist()
+    edges = [(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+    for row, (start, stop) in enumerate(edges):
+        if not new[row, start:stop].all():
+            raise ValueError(
+                f"attention_mask has a hole in row {row}; padding to the left or right is allowed"
+            )
+    return edges

@@ -1,0 +1,66 @@
+"""The one place where a model's attention and rotary embeddings are diverted, for one forward.
+
+transformers looks attention and masks up by name, so one name is registered, and what stands behind
+it is chosen per forward by a context variable. Nothing is left changed once the forward is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "attnspan"
+
+Attend = Callable[..., Tensor]
+"""`attend(module, q, k, v, **kwargs)`: one layer's attention, `(batch, num_heads, m, head_dim)`."""
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+"""`rotary(module, forward, x, position_ids, ...)` stands for a rotary embedding's forward."""
+
+_attend: ContextVar[Attend] = ContextVar("attnspan_attend")
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    out = _attend.get()(module, query, key, value, **kwargs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The cache knows what each query sees, so no mask is built."""
+
+
+class Interface:
+    """The configs and rotary embeddings of one model, found once, diverted for single forwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _no_mask)
+        modules = list(model.modules())
+        configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+        self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+        self.embeddings = [m for m in modules if type(m).__name__.endswith("RotaryEmbedding")]
+
+    @contextmanager
+    def diverted(self, attend: Attend, rotary: Rotary) -> Iterator[None]:
+        """For the block's length, attention is `attend` and every rotary embedding is `rotary`."""
+        before = [config._attn_implementation_internal for config in self.configs]
+        token = _attend.set(attend)
+        try:
+            for config in self.configs:
+                config._attn_implementation_internal = NAME
+            for module in self.embeddings:
+                module.__dict__["forward"] = partial(rotary, module, module.forward)
+            yield
+        finally:
+            for module in self.embeddings:
+                module.__dict__.pop("forward", None)
+            for config, name in zip(self.configs, before, strict=True):
+                config._attn_implementation_internal = name
+            _attend.reset(token)

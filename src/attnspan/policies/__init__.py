@@ -1,0 +1,22 @@
+"""Cache policies: which tokens a cache keeps once it is full."""
+
+from attnspan.policies.base import Policy
+from attnspan.policies.compressive import Compressive
+from attnspan.policies.heavy_hitter import HeavyHitter
+from attnspan.policies.keep_all import KeepAll
+from attnspan.policies.per_layer import PerLayer
+from attnspan.policies.sink_window import SinkWindow
+from attnspan.policies.spec import parse, parse_list
+from attnspan.policies.window import Window
+
+__all__ = [
+    "Compressive",
+    "HeavyHitter",
+    "KeepAll",
+    "PerLayer",
+    "Policy",
+    "SinkWindow",
+    "Window",
+    "parse",
+    "parse_list",
+]
