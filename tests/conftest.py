@@ -1,8 +1,12 @@
 """Fixtures for all tests, and the count of those that need a GPU."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# cuBLAS is deterministic only with this, set before CUDA starts; `poison_empty` asks for that.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,10 @@ def _is_finite(x: Any) -> bool:
 _FEW = 4096
 
 
+def _is_small(view: KVView) -> bool:
+    return all(part.query.shape[2] * part.key.shape[2] <= _FEW for part in view.parts)
+
+
 def attend(
     view: KVView,
     *,
@@ -246,10 +250,8 @@ def attend(
     """
     query = view.parts[0].query
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    few = query.shape[2] == 1 or all(
-        query.shape[2] * part.key.shape[2] <= _FEW for part in view.parts
-    )
-    if few or return_scores or softcap is not None or fused.lacks(query, query, query) is not None:
+    needs_joint = return_scores or softcap is not None or fused.lacks(query, query, query) is not None
+    if needs_joint or (len(view.parts) > 1 and _is_small(view)):
         return joint(
             view, scale=scale, softcap=softcap, sink_logits=sink_logits, return_scores=return_scores
         )

@@ -92,7 +92,7 @@ class DynamicNTK(Interpolation):
 
     def __post_init__(self) -> None:
         _require_number("factor", self.factor, 1)
-        _require_number("original_length", self.original_length, 1)
+        _require_integer("original_length", self.original_length, 1)
 
     def regime(self, length: int) -> int:
         return length if length > self.original_length else 0
@@ -126,11 +126,12 @@ class Yarn(Interpolation):
 
     def __post_init__(self) -> None:
         _require_number("factor", self.factor, 1)
-        _require_number("original_length", self.original_length, 1)
+        _require_integer("original_length", self.original_length, 1)
         _require_number("beta_slow", self.beta_slow, 0, exclusive=True)
         _require_number("beta_fast", self.beta_fast, self.beta_slow)
-        if self.attention_factor is not None:
-            _require_number("attention_factor", self.attention_factor, 0)
+        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+            if getattr(self, name) is not None:
+                _require_number(name, getattr(self, name), 0)
 
     def regime(self, length: int) -> int:
         return 0
@@ -179,7 +180,7 @@ class Llama3(Interpolation):
         _require_number(
             "high_freq_factor", self.high_freq_factor, self.low_freq_factor, exclusive=True
         )
-        _require_number("original_length", self.original_length, 1)
+        _require_integer("original_length", self.original_length, 1)
 
     def regime(self, length: int) -> int:
         return 0
@@ -214,7 +215,7 @@ class LongRoPE(Interpolation):
             for divisor in divisors:
                 _require_number(name, divisor, 0, exclusive=True)
             object.__setattr__(self, name, divisors)  # a list from a config, made hashable
-        _require_number("original_length", self.original_length, 2)
+        _require_integer("original_length", self.original_length, 2)
         _require_number("factor", self.factor, 0, exclusive=True)
         if self.attention_factor is not None:
             _require_number("attention_factor", self.attention_factor, 0)
@@ -265,8 +266,8 @@ class Rope:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        _require_number("rotary_dim", self.rotary_dim, 2)
-        if operator.index(self.rotary_dim) % 2:
+        _require_integer("rotary_dim", self.rotary_dim, 2)
+        if self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
         _require_number("theta", self.theta, 1, exclusive=True)
         if not isinstance(self.interpolation, Interpolation | None):
@@ -294,8 +295,8 @@ class Rope:
 
         Raises:
             ValueError: no rope_parameters, an unknown `layer_type`, or a rope type or parameter
-                that isn't done exactly: "proportional", "axial", multimodal sections, PhiMoE's mscales,
-                HunYuan's alpha, an odd rotary dimension, a head_dim that differs by layer.
+                that isn't done exactly: "proportional", "axial", multimodal sections, PhiMoE's
+                mscales, HunYuan's alpha, an odd rotary dimension, sizes that differ by layer.
         """
         if not getattr(config, "rope_parameters", None):
             raise ValueError(
@@ -407,12 +408,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if head_dim > 2 * half:
         x, *rest = x.split((2 * half, head_dim - 2 * half), -1)
     if interleaved:
-        a, b = x.unflatten(-1, (half, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        out = torch.cat((turned, *rest), -1) if rest else turned
+        # one complex product: 8 us for one token where strided halves take 17, far less for many
+        pairs = x.unflatten(-1, (half, 2)).contiguous()
+        pairs = pairs if x.element_size() >= 4 else pairs.float()
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        out = torch.view_as_real(turned).flatten(-2)
+        out = torch.cat((out, *rest), -1) if rest else out
     else:
         a, b = x.chunk(2, -1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), -1)
+        first = (a * cos).addcmul_(b, sin, value=-1)
+        second = (b * cos).addcmul_(a, sin)
+        out = torch.cat((first, second, *rest), -1)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -510,6 +516,12 @@ def _interpolation(config: Any, parameters: dict[str, Any]) -> Interpolation | N
                 f"rope type {other!r} isn't done exactly; the rope types are default, linear, "
                 "dynamic, yarn, llama3 and longrope"
             )
+
+
+def _require_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    _require_number(name, value, minimum)
 
 
 def _require_number(

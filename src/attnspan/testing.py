@@ -63,22 +63,100 @@ def patterns(max_size: int = 12) -> SearchStrategy[Pattern]:
     )
 
 
-def assert_accurate(got: Tensor, low: Tensor, exact: Tensor, what: str = "result") -> None:
-    """Raises AssertionError unless `got` is about as near to `exact` as its dtype allows.
+def magnitudes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+) -> tuple[float, ...]:
+    """How large the terms are that attention and its gradients sum up, in any exact algorithm.
 
-    The largest error of `got` may be twice that of `low`, plus a rounding band. Where `exact` is
-    not finite, `got` must equal it.
+    A result's rounding error is about eps times the sum of the absolute values of its terms, not
+    times the result, which may be small by cancellation: with P = exp(score - lse), the gradient of
+    a score is P * (dout . v - dout . out + dlse), and P itself carries eps * (1 + |q| . |k|).
+
+    Args:
+        q: with k, v, scale, softcap and sink_logits as in `attnspan.attention`.
+        k: see q.
+        v: see q.
+        mask: bool, True where seen, of a shape that broadcasts to `(batch, Hq, n, m)`.
+        scale: see q.
+        softcap: see q.
+        sink_logits: see q.
+        grad_out: the gradient that comes in for `out`; zeros by default.
+        grad_lse: that for `lse`; zeros by default.
+
+    Returns:
+        The largest sum of absolute terms of out, lse and the gradients of q, k, v and sink_logits
+        (the last zero without sink logits).
+    """
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = q.detach().double(), k.detach().double(), v.detach().double()
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    factor = abs(q.shape[-1] ** -0.5 if scale is None else scale)
+    sign = 1.0 if scale is None or scale > 0 else -1.0
+    scores = sign * factor * q @ k.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    sizes = factor * q.abs() @ k.abs().mT
+    sink = scores.new_full((q.shape[1],), -torch.inf)
+    if sink_logits is not None:
+        sink = sink_logits.detach().double()
+    rows = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.cat([rows, sink[:, None, None].expand(*rows.shape[:3], 1)], -1).logsumexp(-1)
+    lse = lse.masked_fill(lse == -torch.inf, 0)[..., None]
+    p = torch.exp(rows - lse)
+    wide_p, out = p * (1 + sizes), (p @ v).abs()
+    dout = torch.zeros_like(out) if grad_out is None else grad_out.detach().double().abs()
+    dlse = (
+        torch.zeros_like(lse) if grad_lse is None else grad_lse.detach().double().abs()[..., None]
+    )
+    pull = (dout * out).sum(-1, keepdim=True) + dlse
+    ds = wide_p * (dout @ v.abs().mT + pull)
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, groups)).sum(2)
+
+    sums = (
+        wide_p @ v.abs(),
+        torch.cat([lse.abs(), sizes.masked_fill(~mask, 0)], -1),
+        factor * ds @ k.abs(),
+        factor * per_kv_head(ds.mT @ q.abs()),
+        per_kv_head(wide_p.mT @ dout),
+        (torch.exp(sink[:, None, None] - lse) * (1 + lse.abs()) * pull).sum((0, 2)),
+    )
+    return tuple(x.max().item() if x.numel() else 0.0 for x in sums)
+
+
+def assert_accurate(
+    got: Tensor,
+    low: Tensor,
+    exact: Tensor,
+    magnitude: float,
+    dtype: torch.dtype,
+    what: str = "result",
+) -> None:
+    """Raises AssertionError unless `got` is about as near to `exact` as `dtype` allows.
+
+    The largest error of `got` may be twice that of `low`, plus a rounding band of one eps of
+    `dtype` times `magnitude`: its terms rounded twice, half an eps each, where `low` may happen to
+    be exact. Where `exact` is not finite, `got` must equal it.
 
     Args:
         got: the result under test.
         low: the definition computed in the dtype of the inputs of `got`.
         exact: the definition computed in float64.
+        magnitude: the size of the terms that the result sums up, from `magnitudes`.
+        dtype: that of the inputs: a kernel may round scores to it even for a float32 lse.
         what: the name in the message.
-
-    The band is `eps * largest |exact|`: a kernel rounds its result to its dtype at most twice, half
-    an eps each, which `low` may happen not to.
     """
-    got, low, exact, eps = got.double(), low.double(), exact.double(), torch.finfo(got.dtype).eps
+    got, low, exact = got.detach().double(), low.detach().double(), exact.detach().double()
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(got[~finite], exact[~finite]), f"{what}: differs where not finite"
@@ -86,7 +164,7 @@ def assert_accurate(got: Tensor, low: Tensor, exact: Tensor, what: str = "result
         return
     got, low, exact = got[finite], low[finite], exact[finite]
     error = (got - exact).abs().max().item()
-    bound = 2 * (low - exact).abs().max().item() + eps * exact.abs().max().item()
+    bound = 2 * (low - exact).abs().max().item() + torch.finfo(dtype).eps * magnitude
     assert error <= bound, f"{what}: error {error:.3g} where {bound:.3g} is allowed"
 
 
@@ -102,7 +180,7 @@ def poisoned_memory() -> Iterator[None]:
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = True
     try:
         yield

@@ -7,7 +7,7 @@ from torch import Tensor
 from attnspan.kernels.merge import merge
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Full, Pattern
-from attnspan.testing import assert_accurate, make_qkv, patterns
+from attnspan.testing import assert_accurate, magnitudes, make_qkv, patterns
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 # Weighted means in another order, of numbers of size one or so.
@@ -89,7 +89,7 @@ def test_bfloat16_parts_merge_in_float32() -> None:
     parts = [reference(q, k, v, seen & part) for part in (near, ~near)]
     out, lse = merge([p[0] for p in parts], [p[1] for p in parts])
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    assert_accurate(out, low, exact)
+    assert_accurate(out, low, exact, magnitudes(q, k, v, seen)[0], q.dtype)
     assert (lse - exact_lse).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact_lse.max()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attnspan.attention import attend
 from attnspan.cache.lane import SEGMENT, Call, Lane
-from attnspan.cache.storage import Fields
+from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
 from attnspan.kernels.view import KVView, Part
 from attnspan.positions import rotate
@@ -70,7 +70,18 @@ class RingLane(Lane):
     def _allocate_extra(self) -> None:
         if self.span.sinks:
             self.extra["sink_key"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
-            self.extra["sink_value"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
+            if not self._front:
+                name = "sink_value"
+                self.extra[name] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
+
+    @property
+    def _front(self) -> int:
+        """Slots before the rolling buffer, where dense lanes put the sinks for a single query."""
+        return self.span.sinks if isinstance(self.storage, Dense) else 0
+
+    @property
+    def _sink_value(self) -> Tensor:
+        return self.fields["value"][:, :, : self._front] if self._front else self.extra["sink_value"]
 
     @property
     def _slots(self) -> int | None:
@@ -86,10 +97,10 @@ class RingLane(Lane):
             slots = -(-wanted // _GROWTH) * _GROWTH
         if self._warm:
             slots = min(slots, self._freeze_at - self.span.sinks)
-        return max(1, slots)
+        return self._front + max(1, slots)
 
     def _slots_full(self) -> int:
-        return self._slots or self.limit or 1
+        return self._front + (self._slots or self.limit or 1)
 
     def _cut(self, start: int) -> int:
         if start < self.span.sinks:
@@ -117,50 +128,78 @@ class RingLane(Lane):
 
     def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         start, m, sinks = self.seen, q.shape[2], self.span.sinks
-        stop, tables = start + m, call.tables
-        length = self.span.place(start) + 1
         if start < sinks:
-            self.extra["sink_key"][:, :, start:stop] = k
-            self.extra["sink_value"][:, :, start:stop] = v
-            part = Part(
-                self._rotate(q, start, length, tables),
-                self._rotate(self.extra["sink_key"][:, :, :stop], 0, length, tables),
-                self.extra["sink_value"][:, :, :stop],
-                self._mask(tables, start, m, sinks_only=True) if m > 1 else None,
-            )
-            self._advance(k)
-            return self._attend((part,), call)
-        parts = []
-        if sinks:
-            parts.append(
-                Part(
-                    self._rotate_at_places(q, start, length, tables),
-                    self._rotate(self.extra["sink_key"], 0, length, tables),
-                    self.extra["sink_value"],
-                )
-            )
-        rotated_q = self._rotate(q, start, length, tables)
-        stored = k if self.spec.depends_on_length else self._rotate(k, start, length, tables)
+            return self._first(q, k, v, call)
+        length, tables, late = self.span.place(start) + 1, call.tables, self.spec.depends_on_length
+        if late:
+            rotated, stored = self._rotate(q, start, length, tables), k
+        else:  # by the same angles, so in one go
+            both = self._rotate(torch.cat((q, k), 1), start, length, tables)
+            rotated, stored = both.split((q.shape[1], k.shape[1]), 1)
         new = self._encode(stored, v)
         if m == 1:
             self._write(start, new)
-            count = min(stop - sinks, self._slots or stop)
-            fields = {n: x[:, :, :count] for n, x in self.fields.items()}
+            count = min(start + 1 - sinks, self._slots or start + 1)
+            stop = self._front + count
+            key, value = self._decode({n: x[:, :, self._front : stop] for n, x in self.fields.items()})
+            if late:
+                key = self._rotate_slots(key, start, m, length, tables)
+            mask = None
+            if self.policy.block > 1 and start + 1 - self.span.least(start) < count:
+                mask = self._mask(tables, start, m)
+            if sinks:
+                key, value, mask = self._behind_sinks(key, value, mask, start, length, tables)
+            parts = (Part(rotated, key, value, mask),)
         else:
-            count = self._used()
-            fields = {n: torch.cat((x[:, :, :count], new[n]), 2) for n, x in self.fields.items()}
-        key, value = self._decode(fields)
-        if self.spec.depends_on_length:
-            key = self._rotate_slots(key, start, m, length, tables)
-        mask = None
-        if m > 1 or (self.policy.block > 1 and stop - self.span.least(start) < count):
-            mask = self._mask(tables, start, m)
-        parts.append(Part(rotated_q, key, value, mask))
-        out = self._attend(tuple(parts), call)
+            used = slice(self._front, self._front + self._used())
+            fields = {n: torch.cat((x[:, :, used], new[n]), 2) for n, x in self.fields.items()}
+            key, value = self._decode(fields)
+            if late:
+                key = self._rotate_slots(key, start, m, length, tables)
+            parts = (Part(rotated, key, value, self._mask(tables, start, m)),)
+            if sinks:
+                places = self._rotate_at_places(q, start, length, tables)
+                sink_key = self._rotate(self.extra["sink_key"], 0, length, tables)
+                parts = (Part(places, sink_key, self._sink_value), *parts)
+        out = self._attend(parts, call)
         if m > 1:
             self._write(start, new)
         self._advance(stored)
         return out
+
+    def _first(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Takes in tokens that are sinks themselves."""
+        start, m, tables = self.seen, q.shape[2], call.tables
+        stop, length = start + m, start + m
+        self.extra["sink_key"][:, :, start:stop] = k
+        self._sink_value[:, :, start:stop] = v
+        key = self._rotate(self.extra["sink_key"][:, :, :stop], 0, length, tables)
+        mask = self._mask(tables, start, m, sinks_only=True) if m > 1 else None
+        part = Part(self._rotate(q, start, length, tables), key, self._sink_value[:, :, :stop], mask)
+        self._advance(k)
+        return self._attend((part,), call)
+
+    def _behind_sinks(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, start: int, length: int, tables: Tables
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values for the one query at `start`, with the sinks in front of them.
+
+        The sinks stand right before the oldest token that the query sees, which is where their
+        places inside the cache put them; so one frame of positions serves all keys.
+        """
+        sinks = self.span.sinks
+        sink_key = self._rotate(
+            self.extra["sink_key"], self.span.least(start) - sinks, length, tables
+        )
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (sinks, 0))
+        if not self._front or self.spec.depends_on_length:
+            key = torch.cat((sink_key, key), 2)
+            value = torch.cat((self._sink_value, value), 2)
+            return key, value, mask
+        self.fields["key"][:, :, :sinks] = sink_key
+        stop = sinks + key.shape[2]
+        return self.fields["key"][:, :, :stop], self.fields["value"][:, :, :stop], mask
 
     def _attend(self, parts: tuple[Part, ...], call: Call) -> Tensor:
         out, _ = attend(
@@ -176,7 +215,7 @@ class RingLane(Lane):
         first, last = self.span.place(start), self.span.place(start + m - 1)
         if last - first == m - 1:
             return self._rotate(q, first, length, tables)
-        key = ("places", rope, self.span, start, m, rope.regime(length), q.dtype, q.device)
+        key = ("places", id(rope), self.span, start, m, rope.regime(length), q.dtype, q.device)
 
         def make() -> tuple[Tensor, Tensor]:
             places = [self.span.place(start + t) for t in range(m)]
@@ -190,7 +229,7 @@ class RingLane(Lane):
         """Keys as they lie in the slots (and `m` new ones behind them), rotated by position."""
         rope = self.spec.rope
         assert rope is not None
-        name = ("slots", rope, self.span, start, m, rope.regime(length), key.dtype, key.device)
+        name = ("slots", id(rope), self.span, start, m, rope.regime(length), key.dtype, key.device)
 
         def make() -> tuple[Tensor, Tensor]:
             wide = torch.promote_types(key.dtype, torch.float32)
@@ -242,15 +281,15 @@ class RingLane(Lane):
         m = next(iter(new.values())).shape[2]
         slots = self._slots
         if slots is None:
-            self._grow(first + m)
-            self._put(first, new)
+            self._grow(self._front + first + m)
+            self._put(self._front + first, new)
             return
         skipped = max(0, m - slots)  # those would be overwritten by the same segment
         begin = (first + skipped) % slots
         fitting = min(m - skipped, slots - begin)
-        self._put(begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()})
+        self._put(self._front + begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()})
         if skipped + fitting < m:
-            self._put(0, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
+            self._put(self._front, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
 
     def _grow(self, slots: int) -> None:
         held = next(iter(self.fields.values())).shape[2]

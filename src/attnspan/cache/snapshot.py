@@ -48,32 +48,34 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     folder = Path(folder)
     data = safetensors.save(
         {
-            name: tensor.detach().to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
-            )
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
     )
     name = f"tensors-{secrets.token_hex(8)}.safetensors"
-    text = json.dumps(meta, sort_keys=True, allow_nan=False)
+    plain = json.loads(json.dumps(meta, allow_nan=False))
     index = {
         "format": FORMAT,
         "version": VERSION,
         "tensors": name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "meta": json.loads(text),
-        "meta_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "meta": plain,
+        "meta_sha256": _digest(plain),
     }
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder) as descriptor:
             try:
-                _put(folder / name, data, descriptor)
-                _put(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode(), descriptor)
+                _put(folder / name, data)
+                os.fsync(descriptor)
+                _put(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             except BaseException:
-                (folder / name).unlink(missing_ok=True)
+                # An interrupt may come right after the rename, when the new tensors count already.
+                if not _names(folder, name):
+                    (folder / name).unlink(missing_ok=True)
                 raise
+            os.fsync(descriptor)
             _clear(folder, keep=name)
     except BaseException:
         if made and not any(folder.iterdir()):
@@ -102,12 +104,11 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"snapshot {folder}: its version is {index.get('version')!r}; {VERSION} is allowed"
         )
     name, meta = index.get("tensors"), index.get("meta")
-    text = json.dumps(meta, sort_keys=True)
     if (
         not isinstance(name, str)
         or not _TENSORS.fullmatch(name)
         or not isinstance(meta, dict)
-        or hashlib.sha256(text.encode()).hexdigest() != index.get("meta_sha256")
+        or _digest(meta) != index.get("meta_sha256")
     ):
         raise ValueError(f"snapshot {folder}: {INDEX} is damaged")
     try:
@@ -127,8 +128,20 @@ def exists(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).exists()
 
 
-def _put(path: Path, data: bytes, folder: int) -> None:
-    """Writes a file under a temporary name, then renames it; each step reaches the disk."""
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _names(folder: Path, name: str) -> bool:
+    """Whether the folder's index names the tensor file `name`."""
+    try:
+        return name in (folder / INDEX).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, on the disk before it gets its own."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -139,7 +152,6 @@ def _put(path: Path, data: bytes, folder: int) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    os.fsync(folder)
 
 
 def _clear(folder: Path, keep: str) -> None:

@@ -23,7 +23,8 @@ class Tables:
         self, rope: Rope, start: int, stop: int, length: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions `start <= p < stop`, `(stop - start, rotary_dim/2)`."""
-        key = (rope, start, stop, rope.regime(length), like.dtype, like.device)
+        # By identity: layers share their ropes, and a value's hash would be computed at each call.
+        key = (id(rope), start, stop, rope.regime(length), like.dtype, like.device)
 
         def make() -> tuple[Tensor, ...]:
             positions = torch.arange(start, stop, device=like.device)

@@ -65,7 +65,8 @@ class TextReader:
         place: where to go on, from another reader's `place`.
 
     Raises:
-        ValueError: the text is not UTF-8, or not the one that `place` comes from.
+        ValueError: the text is not UTF-8, has fewer than two tokens, or is not the one that
+            `place` comes from.
     """
 
     def __init__(
@@ -88,6 +89,10 @@ class TextReader:
         self._taken = 0
         if place is None:
             self._tokenise()
+            if self._ended and self._stop == len(self._text) and len(self._ids) < 2:
+                raise ValueError(
+                    f"text {name}: it has {len(self._ids)} tokens; two or more are needed"
+                )
         else:
             self._go_to(place)
 

@@ -91,7 +91,12 @@ def partial(
     """
     if bias is not None:
         bias = bias.expand(1, 1, *bias.shape)
-    return _forward(q, k, v, None, bias, None, False, scale)
+    if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
+        return _forward(q, k, v, None, bias, None, False, scale)
+    # The query heads of a KV head stand as its queries, so that K and V are read once for them.
+    packed = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+    out, lse = _forward(packed, k, v, None, bias, None, False, scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 class _Sdpa(torch.autograd.Function):
@@ -210,7 +215,8 @@ def _backward(
         *_repeated(q, k, v),
         _expanded(bias, q, k),
         out,
-        F.pad(lse, (0, -lse.shape[-1] % 32)),  # the kernel reads whole groups of 32
+        # The kernel reads whole groups of 32 rows; infinity gives the rows past the end no weight.
+        F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf),
         seed,
         seed,
         0.0,

@@ -124,8 +124,9 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
         )
     with interface.diverted(replay, Unrotated(widths, interface)):
         model(**feed)
+    ropes: dict[Rope, Rope] = {}
     layers = tuple(
-        _explain(i, seen, key, places, config)
+        _explain(i, seen, key, places, config, ropes)
         for i, (seen, key) in enumerate(zip(plain, bare, strict=True))
     )
     return Anatomy(layers, widths)
@@ -177,7 +178,9 @@ def _family(config: Any) -> str:
     return f"model type {config.model_type!r}"
 
 
-def _explain(index: int, seen: _Seen, bare: Tensor, places: Tensor, config: Any) -> Layer:
+def _explain(
+    index: int, seen: _Seen, bare: Tensor, places: Tensor, config: Any, ropes: dict[Rope, Rope]
+) -> Layer:
     """The layer whose rotation turns the bare keys into those that the model made."""
     # Angles of transformers are fp32 (off by position * 2^-23), the keys in the model's dtype.
     allowed = max(float(places[-1]) * 2.0**-21, 8 * torch.finfo(seen.key.dtype).eps)
@@ -186,6 +189,7 @@ def _explain(index: int, seen: _Seen, bare: Tensor, places: Tensor, config: Any)
     for rope in _candidates(index, config, errors):
         rotated = bare.float()
         if rope is not None:
+            rope = ropes.setdefault(rope, rope)  # equal layers share one, and what it computes
             cos, sin = rope.cos_sin(places, int(places[-1]) + 1)
             rotated = rotate(rotated, cos, sin, rope.interleaved)
         if float((rotated - seen.key.float()).abs().amax()) <= allowed:

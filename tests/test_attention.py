@@ -1,0 +1,147 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnspan.attention import IMPLS, Explanation, attention, explain
+from attnspan.kernels.reference import reference
+from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
+from attnspan.testing import assert_accurate, magnitudes, make_qkv, patterns
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+
+@given(
+    patterns(),
+    st.integers(0, 9),
+    st.integers(0, 20),
+    st.one_of(st.none(), st.integers(-3, 20)),
+    st.sampled_from([None, 0.3]),
+    st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(IMPLS),
+)
+@settings(deadline=None, max_examples=150)
+def test_every_impl_is_the_oracle(
+    pattern: Pattern,
+    n: int,
+    m: int,
+    q_offset: int | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: bool,
+    dtype: torch.dtype,
+    impl: str,
+) -> None:
+    q, k, v = make_qkv(n, m, heads=(4, 2), dtype=dtype)
+    options = {
+        "scale": scale,
+        "softcap": softcap,
+        "sink_logits": torch.linspace(-1, 2, 4) if sinks else None,
+    }
+    if impl == "sdpa" and softcap is not None:
+        with pytest.raises(ValueError, match="impl 'sdpa' can't do this: it has no logit soft cap"):
+            attention(q, k, v, pattern, impl=impl, **options)
+        return
+    got = attention(q, k, v, pattern, q_offset=q_offset, impl=impl, return_lse=True, **options)
+    offset = m - n if q_offset is None else q_offset
+    exact = reference(q, k, v, pattern, q_offset=offset, cast=False, **options)
+    low = reference(q, k, v, pattern, q_offset=offset, cast=False, compute=dtype, **options)
+    assert got[0].dtype == dtype
+    assert got[1].dtype == torch.float32
+    mask = pattern.sees(torch.arange(n)[:, None] + offset, torch.arange(m))
+    sizes = magnitudes(q, k, v, mask, **options)
+    for name, a, b, c, size in zip(("out", "lse"), got, low, exact, sizes, strict=False):
+        assert_accurate(a, b, c, size, dtype, name)
+
+
+def test_defaults_are_causal_with_the_last_queries() -> None:
+    q, k, v = make_qkv(3, 8)
+    seen = torch.ones(3, 8, dtype=torch.bool).tril(5)
+    torch.testing.assert_close(attention(q, k, v), reference(q, k, v, seen)[0])
+    assert not torch.allclose(attention(q, k, v, q_offset=4), reference(q, k, v, seen)[0])
+
+
+def test_decode_and_chunks_equal_the_whole() -> None:
+    q, k, v = make_qkv(40, 40, heads=(4, 2))
+    pattern = SlidingWindow(9) | Sinks(2)
+    whole = attention(q, k, v, pattern)
+    for cuts in (range(1, 41), (7, 14, 40)):
+        start, parts = 0, []
+        for stop in cuts:
+            parts.append(attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], pattern))
+            start = stop
+        torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_gradients_reach_everything(impl: str) -> None:
+    q, k, v = make_qkv(6, 6, heads=(4, 2), requires_grad=True)
+    sink = torch.zeros(4, requires_grad=True)
+    pattern = SlidingWindow(3, include_self=False)
+    out, lse = attention(q, k, v, pattern, sink_logits=sink, return_lse=True, impl=impl)
+    (out.square().sum() + lse.sum()).backward()
+    for x in (q, k, v, sink):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        assert x.grad.any()
+
+
+def test_explain_says_which_and_why() -> None:
+    q, k, v = make_qkv(2, 3)
+    assert explain(q, k, v).impl == "sdpa"
+    explanation = explain(q, k, v, Full(), softcap=30.0)
+    assert explanation == Explanation("reference", ("sdpa can't: it has no logit soft cap",))
+    assert str(explanation) == "reference: sdpa can't: it has no logit soft cap"
+    assert str(explain(q, k, v, impl="reference")) == "reference: it was asked for"
+    assert explain(q, k, v[..., :4]).impl == "reference"
+    assert attention(q, k, v[..., :4]).shape == (1, 2, 2, 4)
+    with pytest.raises(ValueError, match="impl 'sdpa' can't do this: it has no logit soft cap"):
+        explain(q, k, v, softcap=30.0, impl="sdpa")
+
+
+q, k, v = make_qkv(2, 3, heads=(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((None, k, v), {}, TypeError, "q is a NoneType; a tensor is allowed"),
+        ((q[0], k, v), {}, ValueError, r"q has the shape \(4, 2, 16\); \(batch, heads, sequence"),
+        ((q[..., :0], k[..., :0], v), {}, ValueError, "head_dim of at least 1"),
+        ((q, k.half(), v), {}, ValueError, "k is torch.float16 on cpu; one of .* the same for"),
+        ((q.int(), k.int(), v.int()), {}, ValueError, "q is torch.int32 on cpu"),
+        ((q, k.to("meta"), v), {}, ValueError, "k is torch.float32 on meta"),
+        ((q, k[:, :, :2], v), {}, ValueError, "don't fit"),
+        ((q, k[..., :8], v), {}, ValueError, "don't fit"),
+        ((q.expand(2, -1, -1, -1), k, v), {}, ValueError, "don't fit"),
+        ((q[:, :3], k, v), {}, ValueError, "3 query heads and 2 KV heads; a multiple"),
+        ((q, k[:, :0], v[:, :0]), {}, ValueError, "4 query heads and 0 KV heads"),
+        ((q, k, v, "causal"), {}, TypeError, "pattern is 'causal'; a Pattern such as Causal"),
+        ((q, k, v), {"scale": float("nan")}, ValueError, "scale is nan; None or a finite number"),
+        ((q, k, v), {"scale": "1"}, ValueError, "scale is '1'"),
+        ((q, k, v), {"softcap": 0.0}, ValueError, "softcap is 0.0; None or a finite number above"),
+        (
+            (q, k, v),
+            {"sink_logits": torch.zeros(2)},
+            ValueError,
+            r"is \(2,\); .* shape \(4,\), one",
+        ),
+        ((q, k, v), {"sink_logits": 1.0}, ValueError, "sink_logits is 1.0; None or a float tensor"),
+        ((q, k, v), {"q_offset": 1.0}, ValueError, "q_offset is 1.0; None or a whole number"),
+        ((q, k, v), {"q_offset": True}, ValueError, "q_offset is True"),
+        ((q, k, v), {"impl": "flash"}, ValueError, "impl is 'flash'; one of auto, reference, sdpa"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(
+    arguments: tuple, options: dict, error: type[Exception], message: str
+) -> None:
+    for function in (attention, explain):
+        with pytest.raises(error, match=f"^attention: .*{message}") as caught:
+            function(*arguments, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_causal_is_the_default_pattern() -> None:
+    assert torch.equal(attention(q, k, v), attention(q, k, v, Causal()))
