@@ -214,7 +214,8 @@ def _backward(
         q,
         *_repeated(q, k, v),
         _expanded(bias, q, k),
-        out,
+        # The kernel takes it for granted that heads lie within rows here, whatever the strides say.
+        out.transpose(1, 2).contiguous().transpose(1, 2),
         # The kernel reads whole groups of 32 rows; infinity gives the rows past the end no weight.
         F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf),
         seed,

@@ -114,7 +114,7 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
     ids = (places * 7 + 1) % vocabulary
     feed = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
     with interface.diverted(record, measure):
-        model(**feed)
+        _run(model, feed)
     if not plain:
         raise Refused(f"{_family(config)} doesn't compute attention through transformers' interface")
     if len(plain) != config.num_hidden_layers:
@@ -123,13 +123,25 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
             "attention; models that mix attention with other layers can't be cached yet"
         )
     with interface.diverted(replay, Unrotated(widths, interface)):
-        model(**feed)
+        _run(model, feed)
     ropes: dict[Rope, Rope] = {}
     layers = tuple(
         _explain(i, seen, key, places, config, ropes)
         for i, (seen, key) in enumerate(zip(plain, bare, strict=True))
     )
     return Anatomy(layers, widths)
+
+
+def _run(model: nn.Module, feed: dict[str, Any]) -> None:
+    try:
+        model(**feed)
+    except Refused:
+        raise
+    except Exception as error:  # what breaks here would break, or be wrong, with a cache
+        raise Refused(
+            f"{_family(text_config(model))} can't run with its attention diverted "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 class Unrotated:

@@ -1,0 +1,296 @@
+"""The cache in transformers' hands: padding, batches, beams, turns, undoing, budgets, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tiny import random_ids, tiny, tiny_llama
+
+from attnspan.cache import Dense, Int4, Int8
+from attnspan.models import Cache, attach
+from attnspan.policies import KeepAll, SinkWindow, Window, parse
+
+SPECS = (
+    "keep-all",
+    "window:9",
+    "sinks:2+window:7",
+    "sinks:2+window:7,block=4",
+    "heavy:4+window:5,block=4",
+    "compressive:window=6,memory=3,rate=2,pooling=most-used,block=4",
+)
+STORAGES = (Dense(), Int8(), Int4(group=8))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def logits(model, cache, ids, **kwargs) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, **kwargs).logits
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_single_runs(model, spec, side) -> None:
+    lengths, turns = (23, 11, 23, 17), (8, 1, 1)
+    rows = [random_ids(n + sum(turns), seed=i)[0] for i, n in enumerate(lengths)]
+    width = max(lengths)
+    ids, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        place = slice(width - n, width) if side == "left" else slice(0, n)
+        ids[i, place], mask[i, place] = rows[i][:n], 1
+    with attach(model):
+        cache = Cache(model, parse(spec))
+        got = [logits(model, cache, ids, attention_mask=mask)]
+        marks = [mask]
+        for start, stop in itertools.pairwise([0, *itertools.accumulate(turns)]):
+            new = torch.stack([r[n + start : n + stop] for r, n in zip(rows, lengths, strict=True)])
+            mask = torch.cat((mask, torch.ones_like(new)), 1)
+            got.append(logits(model, cache, new, attention_mask=mask))
+            marks.append(torch.ones_like(new))
+        joined, seen = torch.cat(got, 1), torch.cat(marks, 1).bool()
+        for i, row in enumerate(rows):
+            alone = logits(model, Cache(model, parse(spec)), row[None])[0]
+            torch.testing.assert_close(joined[i][seen[i]], alone, atol=2e-5, rtol=0)
+        assert cache.tokens_seen == 33
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_batched_greedy_equals_single_runs(model, spec) -> None:
+    lengths = (14, 6, 9)
+    rows = [random_ids(n, seed=i)[0] for i, n in enumerate(lengths)]
+    ids, mask = torch.zeros(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        ids[i, 14 - n :], mask[i, 14 - n :] = row, 1
+    settings = {"max_new_tokens": 15, "do_sample": False}
+    with attach(model):
+        together = model.generate(
+            ids, attention_mask=mask, past_key_values=Cache(model, parse(spec)), **settings
+        )
+        for i, row in enumerate(rows):
+            alone = model.generate(
+                row[None], past_key_values=Cache(model, parse(spec)), **settings
+            )
+            assert together[i, 14:].tolist() == alone[0, len(row) :].tolist()
+
+
+def test_beams_equal_transformers_own(model) -> None:
+    ids, mask = random_ids(12, batch=2), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    settings = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    with attach(model):
+        cache = Cache(model, KeepAll())
+        got = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_reordered_rows_go_on_as_their_sources(model, spec) -> None:
+    ids, more = random_ids(19, batch=3), random_ids(6, batch=4, seed=9)
+    mask = torch.ones(3, 19, dtype=torch.long)
+    mask[1, :4] = 0
+    order = torch.tensor([2, 1, 1, 0])
+    with attach(model):
+        cache = Cache(model, parse(spec))
+        logits(model, cache, ids, attention_mask=mask)
+        cache.reorder_cache(order)
+        got = logits(model, cache, more)
+        for i, source in enumerate(order.tolist()):
+            alone = Cache(model, parse(spec))
+            logits(model, alone, ids[source : source + 1, 4 * (source == 1) :])
+            torch.testing.assert_close(got[i], logits(model, alone, more[i : i + 1])[0])
+
+
+def test_turns_go_on_from_the_cache(model) -> None:
+    ids = random_ids(10)
+    # Token 0 is the pad: it must not be taken for padding where the model itself wrote it.
+    settings = {"max_new_tokens": 6, "do_sample": False, "bad_words_ids": [[0]]}
+    with attach(model):
+        cache = Cache(model, SinkWindow(2, 9))
+        first = model.generate(ids, past_key_values=cache, **settings)
+        turn = torch.cat((first, random_ids(5, seed=4)), 1)
+        second = model.generate(turn, past_key_values=cache, **settings)
+        alone = model.generate(turn, past_key_values=Cache(model, SinkWindow(2, 9)), **settings)
+        assert second.tolist() == alone.tolist()
+        cache.reset()
+        assert cache.tokens_seen == 0
+        again = model.generate(ids, past_key_values=cache, **settings)
+        assert again.tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("cuts", [(40,), (1,) * 40, (13, 20, 7), (30, 3, 3, 4)])
+def test_undone_tokens_leave_no_trace(model, spec, cuts) -> None:
+    ids, other = random_ids(40), random_ids(12, seed=5)
+    with attach(model):
+        cache = Cache(model, parse(spec), rollback=5)
+        for part in ids.split(list(cuts), dim=1):
+            logits(model, cache, part)
+        cache.crop(-3)
+        cache.crop(-2)
+        assert cache.tokens_seen == 35
+        with pytest.raises(ValueError, match="0 tokens can be taken back"):
+            cache.crop(-1)
+        got = torch.cat([logits(model, cache, part) for part in other.split([1, 1, 7, 3], 1)], 1)
+        straight = Cache(model, parse(spec))
+        logits(model, straight, ids[:, :35])
+        torch.testing.assert_close(got, logits(model, straight, other), atol=2e-5, rtol=0)
+        assert cache.nbytes > straight.nbytes
+
+
+def test_assisted_generation_undoes(model) -> None:
+    ids = torch.tensor([[5, 6, 7, 8] * 5])
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    with attach(model):
+        plain = model.generate(ids, past_key_values=Cache(model, SinkWindow(2, 12)), **settings)
+        cache = Cache(model, SinkWindow(2, 12), rollback=10)
+        guessed = model.generate(
+            ids, past_key_values=cache, prompt_lookup_num_tokens=3, **settings
+        )
+    assert guessed.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_stored_codes_do_not_depend_on_the_cuts(model, spec, storage) -> None:
+    ids = random_ids(120)
+    results = []
+    with attach(model):
+        for cuts in ((120,), (1,) * 120, (70, 1, 49)):
+            cache = Cache(model, parse(spec), storage)
+            parts = [logits(model, cache, part) for part in ids.split(list(cuts), dim=1)]
+            results.append(torch.cat(parts, 1))
+    for other in results[1:]:
+        # A code may round the other way where the cuts change the last bit of a key: one level.
+        step = {"dense": 2e-5, "int8": 0.05, "int4": 0.6}[str(storage)]
+        torch.testing.assert_close(other, results[0], atol=step, rtol=0)
+        assert (other - results[0]).abs().median() < 1e-5
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_saved_state_goes_on_bit_for_bit(model, spec, storage) -> None:
+    ids = random_ids(150)
+    with attach(model):
+        for cut in (1, 3, 50, 99):
+            cache = Cache(model, parse(spec), storage)
+            logits(model, cache, ids[:, :cut])
+            tensors, meta = cache.state()
+            tensors = {name: x.clone() for name, x in tensors.items()}
+            expected = logits(model, cache, ids[:, cut:])
+            fresh = Cache(model, parse(spec), storage)
+            fresh.load_state(tensors, meta)
+            assert torch.equal(logits(model, fresh, ids[:, cut:]), expected)
+            assert fresh.nbytes == cache.nbytes
+        with pytest.raises(ValueError, match="policy"):
+            Cache(model, Window(3), storage).load_state(tensors, meta)
+        other = tiny_llama(seed=3)
+        with pytest.raises(ValueError, match="model"):
+            Cache(other, parse(spec), storage).load_state(tensors, meta)
+
+
+def test_long_prompts_go_in_by_chunks(model) -> None:
+    ids = random_ids(90)
+    with attach(model):
+        cache, whole = (Cache(model, SinkWindow(2, 9), chunk=c) for c in (16, 1000))
+        expected = logits(model, whole, ids)
+        torch.testing.assert_close(logits(model, cache, ids), expected, atol=2e-5, rtol=0)
+        cache.reset()
+        last = logits(model, cache, ids, logits_to_keep=1)
+        torch.testing.assert_close(last, expected[:, -1:], atol=2e-5, rtol=0)
+        cache.reset()
+        with pytest.raises(ValueError, match="labels"):
+            logits(model, cache, ids, labels=ids)
+        with torch.inference_mode():
+            hidden = model.model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+        assert hidden.last_hidden_state.shape == (1, 5, 32)
+
+
+def test_layers_may_have_budgets_of_their_own(model) -> None:
+    ids = random_ids(30)
+    with attach(model):
+        cache = Cache(model, parse("layers(window:4; sinks:2+window:20)"))
+        logits(model, cache, ids)
+        assert [c.lanes[0].tokens_held for c in cache.caches] == [4, 22]
+        with pytest.raises(ValueError, match="policy has 1 layers"):
+            Cache(model, parse("layers(window:4)"))
+
+
+def test_hybrid_models_keep_the_band_they_were_trained_with() -> None:
+    hybrid, ids = tiny("gemma3"), random_ids(40)
+    with attach(hybrid):
+        cache = Cache(hybrid, SinkWindow(2, 20))
+        logits(hybrid, cache, ids)
+        assert [c.lanes[0].tokens_held for c in cache.caches] == [12, 22, 12, 22]
+    sliding = tiny("mistral-sliding")
+    with pytest.raises(ValueError, match="sliding window of 12"):
+        Cache(sliding, SinkWindow(2, 20))
+
+
+def test_an_unattached_model_is_told_so(model) -> None:
+    with attach(model):
+        cache = Cache(model, Window(4))
+    with pytest.raises(RuntimeError, match="not attached"):
+        logits(model, cache, random_ids(3))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "hole"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask"),
+        ({"position_ids": torch.tensor([[5, 6, 7]])}, "position_ids"),
+        ({"output_attentions": True}, "output_attentions"),
+    ],
+)
+def test_what_a_cache_cannot_honour_is_refused(model, kwargs, named) -> None:
+    with attach(model):
+        cache = Cache(model, Window(4))
+        with pytest.raises(ValueError, match=named):
+            logits(model, cache, random_ids(3), **kwargs)
+        assert cache.tokens_seen == 0
+        assert logits(model, cache, random_ids(3)).isfinite().all()
+
+
+def test_misuse_is_named(model) -> None:
+    other = tiny_llama(seed=2)
+    with attach(model):
+        with pytest.raises(ValueError, match="another model"):
+            logits(model, Cache(other, Window(4)), random_ids(3))
+        with pytest.raises(ValueError, match="attached already"), attach(model):
+            pass
+        cache = Cache(model, Window(4))
+        with pytest.raises(RuntimeError, match="no_grad"):
+            model(input_ids=random_ids(3), past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match="reset"):
+            logits(model, cache, random_ids(3))
+        cache.reset()
+        logits(model, cache, random_ids(3))
+        with pytest.raises(ValueError, match="batch has 2 rows"):
+            logits(model, cache, random_ids(3, batch=2))
+    for name, value in (("max_bytes", 0), ("rollback", -1), ("chunk", 0), ("chunk", 1.5)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            Cache(model, Window(4), **{name: value})
+    with pytest.raises(TypeError, match="policy is 'window:4'"):
+        Cache(model, "window:4")
+    model.train()
+    with pytest.raises(ValueError, match="eval"), attach(model):
+        pass
+    model.eval()
+
+
+def test_without_a_cache_of_ours_nothing_changes(model) -> None:
+    ids = random_ids(12)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, labels=ids)
+        with attach(model):
+            got = model(input_ids=ids, labels=ids)
+            generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.loss, expected.loss)
+        assert torch.equal(generated, model.generate(ids, max_new_tokens=4, do_sample=False))
