@@ -85,9 +85,7 @@ class PlainLayer:
             case Window(window=window):
                 return [s for s in held if s.position > self.seen - window]
             case SinkWindow(sinks=sinks, window=window):
-                return [
-                    s for s in held if s.position < sinks or s.position > self.seen - window
-                ]
+                return [s for s in held if s.position < sinks or s.position > self.seen - window]
             case HeavyHitter(heavy=heavy, window=window):
                 recent = [s for s in held if s.position > self.seen - window]
                 old = [s for s in held if s.position <= self.seen - window]
@@ -102,7 +100,9 @@ class PlainLayer:
         sinks = [s for s in held if s.position < policy.sinks]
         memory = [s for s in held if s.pooled]
         raw = [s for s in held if not s.pooled and s.position >= policy.sinks]
-        while len(raw) >= policy.rate and raw[policy.rate - 1].position <= self.seen - policy.window:
+        while (
+            len(raw) >= policy.rate and raw[policy.rate - 1].position <= self.seen - policy.window
+        ):
             group, raw = raw[: policy.rate], raw[policy.rate :]
             keys = torch.stack([s.key for s in group])
             values = torch.stack([s.value for s in group])

@@ -74,6 +74,19 @@ ROPE_PARAMETERS = {
         "attention_factor": 1.25,
         "mscale": 1.0,
     },
+    "yarn mscale alone": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "mscale": 0.7,
+    },
+    # the blend ends beyond the last index
+    "yarn low theta": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 20.0,
+        "original_max_position_embeddings": 3096,
+    },
     # both ends of the blend fall on index 0
     "yarn singular": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
     "llama3": {
@@ -88,6 +101,12 @@ ROPE_PARAMETERS = {
         "short_factor": SHORT,
         "long_factor": LONG,
         "original_max_position_embeddings": 512,
+    },
+    "longrope shrunk": {
+        "rope_type": "longrope",
+        "short_factor": SHORT,
+        "long_factor": LONG,
+        "original_max_position_embeddings": 4096,
     },
     "longrope factor": {
         "rope_type": "longrope",
@@ -241,9 +260,10 @@ def test_other_families_equal_transformers(name, kind):
 
 
 def test_from_config_leaves_the_config_alone():
-    config = llama(ROPE_PARAMETERS["longrope"])
+    config = llama(ROPE_PARAMETERS["default"])
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": THETA}
     before = config.to_dict()
-    Rope.from_config(config)
+    assert Rope.from_config(config) == Rope(64, THETA, Yarn(4.0, config.max_position_embeddings))
     assert config.to_dict() == before
 
 
@@ -376,10 +396,9 @@ def test_frequencies_are_a_function_of_length_not_of_calls():
 
 
 def test_kept_frequencies_cannot_be_spoilt():
-    rope = Rope(8, 123.0, Linear(3))
     with torch.inference_mode(), torch.device("meta"):
+        rope = Rope(8, 123.0, LongRoPE((1, 2, 3, 4), (5, 6, 7, 8), 16, 2.0))
         rope.cos_sin(torch.tensor([1], device="cpu"))
-        rope.inverse_frequencies()
     expected = rope.inverse_frequencies().clone()
     rope.inverse_frequencies().zero_()
     rope.cos_sin(torch.tensor([1]), dtype=torch.float64)[0].zero_()
@@ -627,7 +646,7 @@ GEMMA3_WITHOUT_SLIDING.rope_parameters["sliding_attention"] = None
             None,
             "rotary_dim must be even, got 3",
         ),
-        (Gemma4TextConfig(), "full_attention", "."),
+        (Gemma4TextConfig(), "full_attention", "Gemma4TextConfig differs by layer"),
     ],
 )
 def test_from_config_refuses(config, layer_type, says):

@@ -221,11 +221,11 @@ def _is_finite(x: Any) -> bool:
 
 # Up to so many scores in one head, a plain softmax over them beats a fused kernel for each part
 # and their merge.
-_FEW = 4096
+FEW = 4096
 
 
 def _is_small(view: KVView) -> bool:
-    return all(part.query.shape[2] * part.key.shape[2] <= _FEW for part in view.parts)
+    return all(part.query.shape[2] * part.key.shape[2] <= FEW for part in view.parts)
 
 
 def attend(

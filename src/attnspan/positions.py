@@ -435,13 +435,11 @@ _INEXACT_PARAMETERS = {
 @lru_cache(maxsize=256)
 def _frequencies(rope: Rope, regime: int, device: torch.device) -> tuple[Tensor, float]:
     """`Interpolation.frequencies`, kept per device so that a decoding step copies nothing."""
-    with torch.inference_mode(False):  # a kept inference tensor would break later training
-        if rope.interpolation is None:
-            return _powers(rope.theta, rope.rotary_dim).to(device), 1.0
-        frequencies, factor = rope.interpolation.frequencies(
-            rope.theta, rope.rotary_dim, max(regime, 1)
-        )
-        return frequencies.to(device), factor
+    if rope.interpolation is None:
+        return _powers(rope.theta, rope.rotary_dim).to(device), 1.0
+    length = max(regime, 1)
+    frequencies, factor = rope.interpolation.frequencies(rope.theta, rope.rotary_dim, length)
+    return frequencies.to(device), factor
 
 
 def _powers(theta: float, rotary_dim: int) -> Tensor:

@@ -72,9 +72,7 @@ def test_batched_greedy_equals_single_runs(model, spec) -> None:
             ids, attention_mask=mask, past_key_values=Cache(model, parse(spec)), **settings
         )
         for i, row in enumerate(rows):
-            alone = model.generate(
-                row[None], past_key_values=Cache(model, parse(spec)), **settings
-            )
+            alone = model.generate(row[None], past_key_values=Cache(model, parse(spec)), **settings)
             assert together[i, 14:].tolist() == alone[0, len(row) :].tolist()
 
 
@@ -149,9 +147,7 @@ def test_assisted_generation_undoes(model) -> None:
     with attach(model):
         plain = model.generate(ids, past_key_values=Cache(model, SinkWindow(2, 12)), **settings)
         cache = Cache(model, SinkWindow(2, 12), rollback=10)
-        guessed = model.generate(
-            ids, past_key_values=cache, prompt_lookup_num_tokens=3, **settings
-        )
+        guessed = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, **settings)
     assert guessed.tolist() == plain.tolist()
 
 

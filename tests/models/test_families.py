@@ -34,7 +34,10 @@ def banded(model, ids: Tensor, window: int) -> Tensor:
     n = ids.shape[1]
     distance = torch.arange(n)[:, None] - torch.arange(n)
     masks = {}
-    for kind, width in (("full_attention", window), ("sliding_attention", own_window(model, window))):
+    for kind, width in (
+        ("full_attention", window),
+        ("sliding_attention", own_window(model, window)),
+    ):
         seen = (distance >= 0) & (distance < width)
         masks[kind] = torch.zeros(1, 1, n, n).masked_fill(~seen, -torch.inf)
     hybrid = len(set(getattr(model.config, "layer_types", None) or [])) > 1

@@ -41,6 +41,9 @@ class CompactLane(Lane):
         # Held dense until the means are known, a slot for each token: nothing pooled takes more.
         return min(self._capacity, self._freeze_at) if self._warm else self._capacity
 
+    def _segment_most(self) -> int:
+        return self.policy.block
+
     def _slots_full(self) -> int:
         return self._capacity
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspan.attention import FEW
 from attnspan.cache.storage import Dense, Fields, Storage
 from attnspan.cache.tables import Tables
 from attnspan.policies.base import Policy
@@ -28,12 +29,14 @@ class LayerSpec:
     Attributes:
         num_heads, num_kv_heads, head_dim: the shape of one token's queries and keys.
         rope: how the layer rotates queries and keys; None where it doesn't.
+        softcap: whether its logits are capped, which takes the scores into memory.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: Rope | None = None
+    softcap: bool = False
 
     @property
     def depends_on_length(self) -> bool:
@@ -92,6 +95,10 @@ class Lane(ABC):
     @abstractmethod
     def _slots_needed(self) -> int:
         """How many slots to allocate now."""
+
+    def _segment_most(self) -> int:
+        """The longest segment that this lane takes in at once."""
+        return SEGMENT
 
     @abstractmethod
     def _slots_full(self) -> int:
@@ -204,15 +211,16 @@ class Lane(ABC):
         """The most that one call of up to `chunk` tokens stages on top, an upper bound.
 
         What is read is joined with what is new, decoded and rotated, in fp32 at most; a segment's
-        scores are whole where the policy asks for them.
+        scores are whole where the policy asks for them or the layer caps its logits.
         """
-        m = min(SEGMENT, chunk)
+        m = min(SEGMENT, chunk, self._segment_most())
         n = self._slots_full() + self.policy.leading + m
         spec, wide = self.spec, max(4, self.dtype.itemsize)
-        keys = 6 * n * spec.num_kv_heads * spec.head_dim * wide
-        queries = 8 * m * spec.num_heads * spec.head_dim * wide
-        scores = 4 * m * n * spec.num_heads * 4
-        masks = 2 * m * n * (wide + 8)
+        keys = 5 * n * spec.num_kv_heads * spec.head_dim * wide
+        queries = 6 * m * spec.num_heads * spec.head_dim * wide
+        whole = self.policy.needs_scores or spec.softcap
+        scores = 3 * (m * n if whole else min(m * n, 2 * FEW)) * spec.num_heads * 4
+        masks = m * n * (wide + 4)
         return self.batch * (keys + queries + scores) + masks
 
     # Whole-lane operations --------------------------------------------------------------------
@@ -225,9 +233,7 @@ class Lane(ABC):
     def joined(self, other: Lane) -> Lane:
         """This lane's rows and then `other`'s, which have seen equally many tokens."""
         theirs = other.tensors()
-        return self._rebuilt(
-            self.batch + other.batch, lambda x, name: torch.cat((x, theirs[name]))
-        )
+        return self._rebuilt(self.batch + other.batch, lambda x, name: torch.cat((x, theirs[name])))
 
     def _rebuilt(self, batch: int, make: Callable[[Tensor, str], Tensor]) -> Lane:
         lane = object.__new__(type(self))

@@ -60,7 +60,11 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, spans: list[Span], call: Call) -> Tensor:
         """Takes in the new tokens and attends; columns outside all spans (padding) give zeros."""
-        if len(spans) == 1 and spans[0].rows is None and spans[0].stop - spans[0].start == q.shape[2]:
+        if (
+            len(spans) == 1
+            and spans[0].rows is None
+            and spans[0].stop - spans[0].start == q.shape[2]
+        ):
             return self._attend(spans[0].lane, q, k, v, call)
         out = q.new_zeros(q.shape)
         for span in spans:
@@ -117,12 +121,18 @@ class LayerCache:
 
     def state(self) -> tuple[Fields, list[dict[str, Any]]]:
         tensors = {
-            f"{i}.{name}": x for i, lane in enumerate(self.lanes) for name, x in lane.tensors().items()
+            f"{i}.{name}": x
+            for i, lane in enumerate(self.lanes)
+            for name, x in lane.tensors().items()
         }
         return tensors, [lane.counts() for lane in self.lanes]
 
     def restore(
-        self, tensors: Fields, counts: list[dict[str, Any]], dtype: torch.dtype, device: torch.device
+        self,
+        tensors: Fields,
+        counts: list[dict[str, Any]],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Takes over what `state()` gave."""
         lanes = []

@@ -75,13 +75,20 @@ class RingLane(Lane):
                 self.extra[name] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
 
     @property
+    def _late(self) -> bool:
+        """Whether keys are held un-rotated: their angles aren't known yet, or their means count."""
+        return self.spec.depends_on_length or self.storage.warmup > 0
+
+    @property
     def _front(self) -> int:
         """Slots before the rolling buffer, where dense lanes put the sinks for a single query."""
         return self.span.sinks if isinstance(self.storage, Dense) else 0
 
     @property
     def _sink_value(self) -> Tensor:
-        return self.fields["value"][:, :, : self._front] if self._front else self.extra["sink_value"]
+        return (
+            self.fields["value"][:, :, : self._front] if self._front else self.extra["sink_value"]
+        )
 
     @property
     def _slots(self) -> int | None:
@@ -130,7 +137,7 @@ class RingLane(Lane):
         start, m, sinks = self.seen, q.shape[2], self.span.sinks
         if start < sinks:
             return self._first(q, k, v, call)
-        length, tables, late = self.span.place(start) + 1, call.tables, self.spec.depends_on_length
+        length, tables, late = self.span.place(start) + 1, call.tables, self._late
         if late:
             rotated, stored = self._rotate(q, start, length, tables), k
         else:  # by the same angles, so in one go
@@ -141,7 +148,9 @@ class RingLane(Lane):
             self._write(start, new)
             count = min(start + 1 - sinks, self._slots or start + 1)
             stop = self._front + count
-            key, value = self._decode({n: x[:, :, self._front : stop] for n, x in self.fields.items()})
+            key, value = self._decode(
+                {n: x[:, :, self._front : stop] for n, x in self.fields.items()}
+            )
             if late:
                 key = self._rotate_slots(key, start, m, length, tables)
             mask = None
@@ -175,12 +184,20 @@ class RingLane(Lane):
         self._sink_value[:, :, start:stop] = v
         key = self._rotate(self.extra["sink_key"][:, :, :stop], 0, length, tables)
         mask = self._mask(tables, start, m, sinks_only=True) if m > 1 else None
-        part = Part(self._rotate(q, start, length, tables), key, self._sink_value[:, :, :stop], mask)
+        part = Part(
+            self._rotate(q, start, length, tables), key, self._sink_value[:, :, :stop], mask
+        )
         self._advance(k)
         return self._attend((part,), call)
 
     def _behind_sinks(
-        self, key: Tensor, value: Tensor, mask: Tensor | None, start: int, length: int, tables: Tables
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        start: int,
+        length: int,
+        tables: Tables,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values for the one query at `start`, with the sinks in front of them.
 
@@ -193,7 +210,7 @@ class RingLane(Lane):
         )
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (sinks, 0))
-        if not self._front or self.spec.depends_on_length:
+        if not self._front or self._late:
             key = torch.cat((sink_key, key), 2)
             value = torch.cat((self._sink_value, value), 2)
             return key, value, mask
@@ -287,7 +304,9 @@ class RingLane(Lane):
         skipped = max(0, m - slots)  # those would be overwritten by the same segment
         begin = (first + skipped) % slots
         fitting = min(m - skipped, slots - begin)
-        self._put(self._front + begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()})
+        self._put(
+            self._front + begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()}
+        )
         if skipped + fitting < m:
             self._put(self._front, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
 

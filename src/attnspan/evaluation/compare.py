@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attnspan.cache import Storage
 from attnspan.evaluation import report as reports
-from attnspan.evaluation.recompute import Ratio, ratio, recompute, spaced
+from attnspan.evaluation.recompute import ratio, recompute, spaced
 from attnspan.evaluation.stream import (
     CHUNK,
     Progress,
@@ -19,7 +20,6 @@ from attnspan.evaluation.stream import (
     notes,
     run,
     sensible_limit,
-    trained_length,
 )
 from attnspan.evaluation.text import TextReader
 from attnspan.models import Cache, attach
@@ -38,7 +38,7 @@ class Tokens:
     """
 
     def __init__(self, reader: TextReader, bos: int | None, limit: int | None) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.count = 0
         most = None if limit is None else limit + 1
         if bos is not None:
@@ -119,14 +119,11 @@ def compare(
     """
     bos = first_token(model, tokenizer)
     caches = [Cache(model, policy, storage) for policy in policies for storage in storages]
-    fresh: dict[tuple[int, int], list[float]] = {}
-    rows, details = [], []
+    rows, details, watched = [], [], []
     with Tokens(TextReader(file, tokenizer, name), bos, limit) as tokens:
-        for cache in caches:
-            task = f"{cache.policy}, {cache.storage}"
-            count = sensible_limit(model, cache, tokens.count - 1) or 0
-            positions = spaced(count)
-            with attach(model):
+        with attach(model):
+            for cache in caches:
+                count = sensible_limit(model, cache, tokens.count - 1) or 0
                 stream = Stream(
                     model,
                     cache,
@@ -134,30 +131,32 @@ def compare(
                     first=None,
                     limit=count,
                     chunk=chunk,
-                    watch=positions,
+                    watch=spaced(count),
                 )
-                run(stream, report, task=task)
+                run(stream, report, task=f"{cache.policy}, {cache.storage}")
                 remarks = notes(stream, stopped=count < tokens.count - 1)
                 text = continuation(stream, tokenizer, generate)
-            held = cache.peak_tokens_held
+                rows.append(reports.row(stream))
+                details.append(reports.details(stream, remarks, text))
+                watched.append(stream.watched)
+                cache.reset()
+        fresh: dict[tuple[int, int], list[float]] = {}
+        for row, detail, streamed in zip(rows, details, watched, strict=True):
+            held, count = row["tokens_held"], row["tokens"]
             if (held, count) not in fresh:
+                positions = spaced(count)
+                told = report and _told(report, held, len(positions))
                 fresh[held, count] = recompute(
-                    model,
-                    tokens.ids,
-                    held,
-                    positions,
-                    bos=bos is not None,
-                    report=report and _progress(report, held, len(positions)),
+                    model, tokens.ids, held, positions, bos=bos is not None, report=told
                 )
-            against = ratio(stream.watched, fresh[held, count], held)
-            rows.append(reports.row(stream, against))
-            details.append(reports.details(stream, remarks, against, text))
-            cache.reset()
+            against = ratio(streamed, fresh[held, count], held)
+            row["perplexity_ratio"] = against.ratio
+            detail["recompute"] = asdict(against)
     meta = reports.meta(
         "compare", model, model_name, name, limit=limit, chunk=chunk, bos=bos, details=details
     )
     return {"meta": meta, "rows": rows}
 
 
-def _progress(report: Callable[[Progress], None], held: int, total: int) -> Callable[[int], None]:
+def _told(report: Callable[[Progress], None], held: int, total: int) -> Callable[[int], None]:
     return lambda done: report(Progress(f"recompute over {held} tokens", done, total))

@@ -138,8 +138,8 @@ class Stream:
         """Logits after each of `ids`, `(n, vocabulary)`."""
         if max(ids) >= self._vocabulary:
             raise ValueError(
-                f"the tokenizer gave id {max(ids)}; the model has {self._vocabulary} embeddings, so "
-                "they don't belong together"
+                f"the tokenizer gave id {max(ids)}; the model has {self._vocabulary} embeddings "
+                "only, so they don't belong together"
             )
         with torch.inference_mode():
             input_ids = torch.tensor([ids], device=self.model.device)
@@ -311,7 +311,7 @@ def continuation(stream: Stream, tokenizer: PreTrainedTokenizerBase, count: int)
 
 
 def notes(stream: Stream, stopped: bool) -> list[str]:
-    """What a reader of the figures must know; `stopped`: before the end of the text or its limit."""
+    """What a reader of the figures must know; `stopped` says that text was left."""
     trained, cache = trained_length(stream.model), stream.cache
     remarks = []
     if trained is not None and stopped:

@@ -63,6 +63,7 @@ class _Seen:
     key: Tensor
     out: Tensor
     sliding_window: int | None
+    softcap: bool
 
 
 @torch.no_grad()
@@ -74,7 +75,9 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
     """
     config = text_config(model)
     if model.training:
-        raise Refused("the model is in training mode, where dropout makes a cache inexact: call model.eval()")
+        raise Refused(
+            "the model is in training mode, where dropout makes a cache inexact: call model.eval()"
+        )
     if not interface.embeddings:
         raise Refused(f"{_family(config)} has no rotary embedding that could be taken over")
     widths: dict[tuple[int, str | None], int] = {}
@@ -94,10 +97,12 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
                 f" where layer {len(plain)} is due, so its layers can't be told apart"
             )
         out = attention(q, k, v, scale=kwargs.get("scaling"))
-        plain.append(_Seen(q, k, out, kwargs.get("sliding_window")))
+        plain.append(_Seen(q, k, out, kwargs.get("sliding_window"), bool(kwargs.get("softcap"))))
         return out
 
-    def measure(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def measure(
+        module: nn.Module, forward: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         result = forward(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2 and not result[0].is_complex()):
             raise Refused(f"{_family(config)} rotates by complex numbers, which can't be taken out")
@@ -116,7 +121,9 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
     with interface.diverted(record, measure):
         _run(model, feed)
     if not plain:
-        raise Refused(f"{_family(config)} doesn't compute attention through transformers' interface")
+        raise Refused(
+            f"{_family(config)} doesn't compute attention through transformers' interface"
+        )
     if len(plain) != config.num_hidden_layers:
         raise Refused(
             f"{_family(config)} has {config.num_hidden_layers} layers, {len(plain)} of which call "
@@ -149,7 +156,8 @@ class Unrotated:
 
     def __init__(self, widths: dict[tuple[int, str | None], int], interface: Interface) -> None:
         self.widths = {
-            (id(interface.embeddings[index]), kind): width for (index, kind), width in widths.items()
+            (id(interface.embeddings[index]), kind): width
+            for (index, kind), width in widths.items()
         }
 
     def __call__(
@@ -205,7 +213,8 @@ def _explain(
             cos, sin = rope.cos_sin(places, int(places[-1]) + 1)
             rotated = rotate(rotated, cos, sin, rope.interleaved)
         if float((rotated - seen.key.float()).abs().amax()) <= allowed:
-            spec = LayerSpec(seen.query.shape[1], seen.key.shape[1], seen.key.shape[3], rope)
+            heads, kv_heads, head_dim = seen.query.shape[1], seen.key.shape[1], seen.key.shape[3]
+            spec = LayerSpec(heads, kv_heads, head_dim, rope, seen.softcap)
             return Layer(spec, seen.sliding_window)
     why = errors[0] if errors else "its keys aren't turned by any known rotary embedding"
     raise Refused(f"layer {index} of {_family(config)} can't be cached exactly: {why}")

@@ -117,8 +117,10 @@ class _Attachment:
             part = dict(kwargs)
             for each in (name, "position_ids", "cache_position"):
                 if kwargs.get(each) is not None:
-                    part[each] = kwargs[each][..., start:stop] if each != "inputs_embeds" else (
-                        kwargs[each][:, start:stop]
+                    part[each] = (
+                        kwargs[each][..., start:stop]
+                        if each != "inputs_embeds"
+                        else (kwargs[each][:, start:stop])
                     )
             mask = kwargs.get("attention_mask")
             if mask is not None:
@@ -148,7 +150,9 @@ class _Attachment:
             raise ValueError("past_key_values is an attnspan.Cache made for another model")
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is True; a bounded cache has no weights to return")
-        whole = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        whole = (
+            kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        )
         mask = kwargs.pop("attention_mask", None)
         if mask is not None:
             _check_mask(mask)
@@ -208,15 +212,15 @@ class _Attachment:
         refuse_unknown(kwargs)
         layer = getattr(k, "attnspan_layer", None)
         if layer is None or self.cache is None:
-            raise Refused("the model changes keys after the cache saw them, so it can't be done exactly")
+            raise Refused(
+                "the model changes keys after the cache saw them, so it can't be done exactly"
+            )
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise RuntimeError(
                 "attnspan.Cache holds no graph: call the model under torch.no_grad() or "
                 "torch.inference_mode()"
             )
-        return self.cache.attend(
-            layer, q, k, v, scale=scaling, softcap=softcap, sink_logits=s_aux
-        )
+        return self.cache.attend(layer, q, k, v, scale=scaling, softcap=softcap, sink_logits=s_aux)
 
 
 def _check_mask(mask: Any) -> None:

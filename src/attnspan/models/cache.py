@@ -56,9 +56,13 @@ class Cache(TransformersCache):
             ("chunk", chunk, 1),
         ):
             if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} is {value!r}; a whole number of at least {least} is allowed")
+                raise ValueError(
+                    f"{name} is {value!r}; a whole number of at least {least} is allowed"
+                )
         if not isinstance(policy, Policy | PerLayer):
-            raise TypeError(f"policy is {policy!r}; a policy such as SinkWindow(4, 1020) is allowed")
+            raise TypeError(
+                f"policy is {policy!r}; a policy such as SinkWindow(4, 1020) is allowed"
+            )
         self.model = model
         self.anatomy: Anatomy = anatomy_of(model)
         self.policy = policy
@@ -171,9 +175,7 @@ class Cache(TransformersCache):
     def _seen_at_once(self) -> int:
         """The most tokens that a query has seen so far."""
         most = self.tokens_seen
-        return max(
-            most if p.capacity is None else min(most, p.capacity) for p in self.policies
-        )
+        return max(most if p.capacity is None else min(most, p.capacity) for p in self.policies)
 
     def _check_budget(self, batch: int) -> None:
         if self.max_bytes is None:
@@ -295,7 +297,9 @@ class Cache(TransformersCache):
         for name, value in ours.items():
             theirs = meta.get("fingerprint", {}).get(name)
             if theirs != value:
-                raise ValueError(f"the state was saved with {name} {theirs!r}; this cache has {value!r}")
+                raise ValueError(
+                    f"the state was saved with {name} {theirs!r}; this cache has {value!r}"
+                )
         self._clear()
         self._check_budget(sum(map(len, meta["rows"])) or 1)
         for i, (cache, counts) in enumerate(zip(self.caches, meta["layers"], strict=True)):

@@ -1,0 +1,43 @@
+SHELL := /bin/bash
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+.PHONY: venv demo test check bench
+
+venv: .venv/stamp
+
+# torch goes in alone, so that a local build of it, or the one from the index, is settled first.
+.venv/stamp: pyproject.toml constraints.txt
+	@if ! $(PIP) --version >/dev/null 2>&1; then \
+		for python in python3 python3.12 python3.11; do \
+			if $$python -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "make venv: no Python 3.11 or 3.12 with its venv module is on the PATH; install one." >&2; \
+			exit 1; \
+		fi; \
+		echo "Making .venv with $$($$found --version)."; \
+		$$found -m venv --clear .venv; \
+	fi
+	@echo "Installing torch 2.13.0; where it has to be downloaded, this takes minutes."
+	@$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	@echo "Installing attnspan, what it needs, and the tools for its development."
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Ready: .venv/bin/attnspan"
+
+demo: venv
+	.venv/bin/python -m attnspan demo
+
+test: venv
+	.venv/bin/python -m pytest
+
+check: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest --doctest-modules src
+
+bench: venv
+	@set -e; for file in $(wildcard benchmarks/*.py); do echo "$$file"; .venv/bin/python "$$file"; done
