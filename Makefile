@@ -20,9 +20,9 @@ venv: .venv/stamp
 		$$found -m venv --clear .venv; \
 	fi
 	@echo "Installing torch 2.13.0; where it has to be downloaded, this takes minutes."
-	@$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	@$(PIP) install -qq -c constraints.txt torch==2.13.0
 	@echo "Installing attnspan, what it needs, and the tools for its development."
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "Ready: .venv/bin/attnspan"
 

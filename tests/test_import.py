@@ -24,5 +24,18 @@ def test_this_test_sees_a_heavy_module() -> None:
     assert "torch" in json.loads(out)
 
 
-def test_every_public_name_resolves() -> None:
-    run("import attnspan; [getattr(attnspan, name) for name in getattr(attnspan, '__all__', ())]")
+def test_every_public_name_resolves_whatever_came_first() -> None:
+    # A submodule, once loaded, stands in the package under its own name: a public name must not be
+    # hidden by it.
+    out = run(
+        "import attnspan, inspect, json\n"
+        "for _ in range(2):\n"
+        "    values = {name: getattr(attnspan, name) for name in attnspan.__all__}\n"
+        "print(json.dumps([name for name in values if inspect.ismodule(values[name])]))"
+    )
+    assert json.loads(out) == []
+
+
+def test_unknown_names_are_refused() -> None:
+    out = run("import attnspan; print(hasattr(attnspan, 'nothing_of_this_name'))")
+    assert out.split() == ["False"]

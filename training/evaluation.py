@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from training.batches import Text
-from training.model import Block, Llama, rotary, rotate
+from training.model import Llama, rotary, rotate
 from training.tokenizer import BOS
 
 QUERIES = 512
@@ -36,8 +36,7 @@ def stream_nll(model: Llama, tokens: Tensor, cache: int, sinks: int) -> Tensor:
     cos, sin = rotary(positions, shape.head_dim)
     cos_in_cache, sin_in_cache = rotary(positions.clamp(max=cache - 1), shape.head_dim)
     x = model.embed(inputs)
-    for block in model.blocks:
-        assert isinstance(block, Block)
+    for block in model.layers():
         q, k, v = block.project(x)
         near = rotate(q.float(), cos, sin)
         far = rotate(q.float(), cos_in_cache, sin_in_cache)

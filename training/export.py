@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.model import EPS, THETA, Block, Llama, Shape
+from training.model import EPS, THETA, Llama, Shape
 from training.tokenizer import BOS, EOS, PAD, VOCAB, write_tokenizer
 
 
@@ -57,8 +57,7 @@ def weights(model: Llama) -> dict[str, Tensor]:
     shape = model.shape
     heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     state = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+    for index, block in enumerate(model.layers()):
         q, k, v = block.qkv.split([heads, kv, kv])
         gate, up = block.gate_up.chunk(2)
         layer = {

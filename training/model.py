@@ -118,6 +118,9 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.Parameter(torch.ones(shape.width))
 
+    def layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding).to(self.dtype)
 
@@ -126,8 +129,7 @@ class Llama(nn.Module):
         x = self.embed(tokens)
         penalty = torch.zeros((), device=x.device)
         cos, sin = rotary(torch.arange(tokens.shape[1], device=x.device), self.shape.head_dim)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self.layers():
             x, added = run(block, x, cos, sin)
             penalty = penalty + added
         return x, penalty
@@ -140,6 +142,5 @@ class Llama(nn.Module):
 def token_nll(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
     """`(batch, tokens)` of nats."""
     logits = F.linear(rms_norm(x, norm), embedding.to(x.dtype)).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-        targets.shape
-    )
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nll.view(targets.shape)

@@ -7,6 +7,7 @@ Needs torch, numpy, safetensors and tokenizers, a CUDA device for the real run, 
 
 import argparse
 import json
+import math
 import os
 import sysconfig
 import time
@@ -72,12 +73,14 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.begun = time.monotonic()
-        self.file = path.open("w")
+        self.path = path
+        path.unlink(missing_ok=True)
 
     def __call__(self, line: str) -> None:
         line = f"[{time.monotonic() - self.begun:6.1f}] {line}"
         print(line, flush=True)
-        print(line, file=self.file, flush=True)
+        with self.path.open("a") as file:
+            print(line, file=file)
 
 
 def load_texts(
@@ -189,7 +192,7 @@ def train(model: Llama, texts: Texts, recipe: Recipe, out: Path, log: Log) -> di
             now = time.monotonic()
             tokens = recipe.probe_every * recipe.batch * recipe.length
             log(
-                f"step {step} bits/byte {recent.item() / recipe.probe_every / 0.6931:.4f}"
+                f"step {step} bits/byte {recent.item() / recipe.probe_every / math.log(2):.4f}"
                 f" held out {held_out:.4f} penalty {written.item():.3f} x {penalty(progress):.4f}"
                 f" sink heads {sink_share(attention):.3f} mean {attention.mean().item():.3f}"
                 f" rate {rate:.3f} Mtokens/s {tokens / (now - since) / 1e6:.3f}"
@@ -247,8 +250,10 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     log = Log(given.out / "train.log")
     texts = load_texts(given.python, given.english, given.max_files, given.out, device)
-    sizes = [len(getattr(texts, field.name)) for field in fields(Texts)]
-    log(f"bytes of Python, English, and of each held out: {sizes}")
+    sizes = {field.name: len(getattr(texts, field.name)) for field in fields(Texts)}
+    log(f"bytes: {sizes}")
+    if min(sizes.values()) <= recipe.length:
+        parser.error(f"a text is too short for rows of {recipe.length} bytes: {sizes}")
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     on_gpu = device.type == "cuda"

@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnspan.attention import attention as attention
-    from attnspan.attention import explain as explain
     from attnspan.cache import Dense as Dense
     from attnspan.cache import Int4 as Int4
     from attnspan.cache import Int8 as Int8
+    from attnspan.dispatch import attention as attention
+    from attnspan.dispatch import explain as explain
     from attnspan.models import Cache as Cache
     from attnspan.models import attach as attach
     from attnspan.patterns import Causal as Causal
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attention": ("attention", "explain"),
+    "dispatch": ("attention", "explain"),
     "cache": ("Dense", "Int4", "Int8"),
     "models": ("Cache", "attach"),
     "patterns": ("Causal", "Full", "Sinks", "SlidingWindow"),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from attnspan.evaluation.stream import Progress
+    from attnspan.evaluation.display import Bar
 
 app = typer.Typer(
     add_completion=False,
@@ -25,9 +22,10 @@ app = typer.Typer(
     help="Stream long text through a language model in bounded memory, and see what it costs.",
 )
 
-FORMS = (
-    "keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512[,block=64] or "
-    "compressive:window=512,memory=256,rate=4"
+# A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
+DEMO = (
+    "keep-all, window:512, sinks:4+window:508, heavy:224+window:225, "
+    "compressive:window=314,memory=128,rate=4"
 )
 
 Model = Annotated[str, typer.Option(help="`bundled`, or a folder with a model in safetensors.")]
@@ -49,7 +47,7 @@ Device = Annotated[
 @app.command()
 def stream(
     text: Text,
-    policy: Annotated[str, typer.Option(metavar="SPEC", help=f"What the cache keeps: {FORMS}.")],
+    policy: Annotated[str, typer.Option(metavar="SPEC", help="What the cache keeps.")],
     model: Model = "bundled",
     storage: Annotated[str, typer.Option(help="dense, int8 or int4.")] = "dense",
     limit: Limit = None,
@@ -72,13 +70,17 @@ def stream(
     seed: Annotated[int, typer.Option(min=0, help="Of the continuation.")] = 0,
     device: Device = None,
 ) -> None:
-    """Stream a text through a model whose cache is bounded by a policy, and score every token."""
+    """Stream a text through a model whose cache is bounded by a policy, and score every token.
+
+    SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or
+    compressive:window=512,memory=256,rate=4.
+    """
     from attnspan.policies import parse
 
     kept = parse(policy)
     kind = _outputs(json, plot)
-    _snapshot_folder(save, resume)
-    with _text(text) as file, _Bar() as bar:
+    _folders(save, resume)
+    with _text(text) as file, _bar() as bar:
         with bar.waiting("loading the model"):
             from attnspan.cache import parse_storage
             from attnspan.evaluation.stream import stream_text
@@ -110,7 +112,7 @@ def stream(
 def compare(
     text: Text,
     policies: Annotated[
-        str, typer.Option(metavar='"SPEC, SPEC, ..."', help=f"What the caches keep: {FORMS}.")
+        str, typer.Option(metavar='"SPEC, SPEC, ..."', help="What the caches keep.")
     ],
     model: Model = "bundled",
     storage: Annotated[
@@ -123,12 +125,16 @@ def compare(
     chunk: Chunk = 256,
     device: Device = None,
 ) -> None:
-    """Stream a text under several policies, and hold each against a fresh forward."""
+    """Stream a text under several policies, and hold each against a fresh forward.
+
+    SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or
+    compressive:window=512,memory=256,rate=4.
+    """
     from attnspan.policies import parse_list
 
     kept = parse_list(policies)
     kind = _outputs(json, plot)
-    with _text(text) as file, _Bar() as bar:
+    with _text(text) as file, _bar() as bar:
         with bar.waiting("loading the model"):
             from attnspan.cache import parse_storage
             from attnspan.evaluation.compare import compare as compare_text
@@ -158,36 +164,127 @@ def demo(
     ),
     limit: Annotated[int, typer.Option(min=2, metavar="BYTES", help="Bytes of text.")] = 100_000,
 ) -> None:
-    """Compare every policy on Python source that the bundled model never saw, and go on with it."""
+    """Compare the policies on Python source that the bundled model never saw, and go on with it."""
     from attnspan.policies import parse_list
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {str(out)!r}, which is no folder")
-    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        kind = _outputs(str(out / "demo.json"), str(out / "demo.png"))
-        with _Bar() as bar:
-            with bar.waiting("loading the model"):
-                from attnspan.cache import Dense, Int8
-                from attnspan.evaluation.compare import compare as compare_text
-                from attnspan.evaluation.texts import python_heldout
-                from attnspan.models.loading import load
+    json, plot = str(out / "demo.json"), str(out / "demo.png")
+    kind = _outputs(json, plot)
+    with _bar() as bar:
+        with bar.waiting("loading the model"):
+            from attnspan.cache import Dense, Int8
+            from attnspan.evaluation.compare import compare as compare_text
+            from attnspan.evaluation.texts import python_heldout
+            from attnspan.models.loading import load
 
-                loaded, tokenizer = load("bundled")
-            *kept, last = parse_list(DEMO)
-            result = compare_text(
-                loaded,
-                tokenizer,
-                io.BytesIO(python_heldout().encode()[:limit]),
-                [*((each, Dense()) for each in kept), (last, Dense()), (last, Int8())],
-                model_name="bundled",
-                name="held-out Python standard library",
-                generate=160,
-                report=bar.show,
-            )
-        _write(result, str(out / "demo.json"), str(out / "demo.png"), kind)
-    except BaseException:
-        if made and not any(out.iterdir()):
-            out.rmdir()
-        raise
+            loaded, tokenizer = load("bundled")
+        text = python_heldout().encode()[:limit].decode(errors="ignore")
+        policies = parse_list(DEMO)
+        result = compare_text(
+            loaded,
+            tokenizer,
+            io.BytesIO(text.encode()),
+            [*((policy, Dense()) for policy in policies), (policies[2], Int8())],
+            model_name="bundled",
+            name="held-out Python",
+            generate=120,
+            report=bar.show,
+        )
+    result["meta"]["prompt"] = text[-240:]
+    _write(result, json, plot, kind)
+    typer.echo(f"\n{json} and {plot} hold the figures and the plot.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; its exit code: 0, 2 for bad input, 1 for a failure.
+
+    Bad input is one sentence on standard error. A failure that is no one's input shows where it
+    happened, as Python does.
+    """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # its encoding may lack a character
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads our output has had enough. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ArithmeticError as error:
+        return _end(str(error), 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _end(f"{where}{error.strerror}" if error.strerror else str(error), 2)
+    except (ValueError, ImportError) as error:
+        return _end(str(error), 2)
+    except Exception as error:
+        # A usage error of typer; where its class lives depends on typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        return _end(error.format_message(), 2)  # type: ignore[attr-defined]
+    return code if isinstance(code, int) else 0
+
+
+def _end(sentence: str, code: int) -> int:
+    text = "".join(c if c.isprintable() else " " for c in sentence)
+    print(f"attnspan: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _bar() -> Bar:
+    from attnspan.evaluation.display import Bar
+
+    return Bar()
+
+
+@contextmanager
+def _text(path: str) -> Iterator[BinaryIO]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ValueError(f"text {path}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def _text_name(path: str) -> str:
+    return "standard input" if path == "-" else path
+
+
+def _outputs(json: str | None, plot: str | None) -> str:
+    """Refuses names that can't be written, before the work; the plot's format."""
+    from attnspan.evaluation.files import check_file
+    from attnspan.evaluation.plot import check_plot
+
+    for path in (json, plot):
+        if path is not None and path != "-":
+            check_file(path)
+    return check_plot(plot) if plot is not None else ""
+
+
+def _folders(*folders: Path | None) -> None:
+    for folder in folders:
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"snapshot {folder}: it is a file; the name of a folder is allowed")
+
+
+def _write(result: dict[str, Any], json: str | None, plot: str | None, kind: str) -> None:
+    """Files first: they are whole even if nobody reads our output to its end."""
+    from attnspan.evaluation.display import show
+    from attnspan.evaluation.files import to_json, write_file
+
+    text = to_json(result)
+    if json is not None and json != "-":
+        write_file(json, text.encode())
+    if plot is not None:
+        from attnspan.evaluation.plot import plot as draw
+
+        write_file(plot, draw(result, kind))
+    if json == "-":
+        sys.stdout.write(text)
+    else:
+        show(result, sys.stdout)

@@ -402,7 +402,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
         raise ValueError(f"x has {head_dim} dimensions, but cos and sin rotate {2 * half}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if cos.element_size() < 4:  # two bfloat16 factors would be multiplied in bfloat16
+    dtype = x.dtype
+    if x.element_size() < 4:
+        x = x.float()
+    if cos.element_size() < 4:
         cos, sin = cos.float(), sin.float()
     rest = ()
     if head_dim > 2 * half:
@@ -410,7 +413,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if interleaved:
         # one complex product: 8 us for one token where strided halves take 17, far less for many
         pairs = x.unflatten(-1, (half, 2)).contiguous()
-        pairs = pairs if x.element_size() >= 4 else pairs.float()
         turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
         out = torch.view_as_real(turned).flatten(-2)
         out = torch.cat((out, *rest), -1) if rest else out
@@ -419,7 +421,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
         first = (a * cos).addcmul_(b, sin, value=-1)
         second = (b * cos).addcmul_(a, sin)
         out = torch.cat((first, second, *rest), -1)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -1,8 +1,8 @@
 """Lanes whose policy picks or pools tokens: slots stay in stream order, without gaps.
 
-Keys are held un-rotated. Within a block a slot's position inside the cache is its index, so keys are
-rotated at use by their slots, and a query by its own. At a grid point the policy's decision moves
-the slots together; fields move as they are, so nothing is encoded twice.
+Keys are held un-rotated. Within a block a slot's position inside the cache is its index, so keys
+are rotated at use by their slots, and a query by its own. At a grid point the policy's decision
+moves the slots together; fields move as they are, so nothing is encoded twice.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspan.attention import attend
 from attnspan.cache.lane import Call, Lane
 from attnspan.cache.storage import Fields
+from attnspan.dispatch import attend
 from attnspan.kernels.view import KVView, Part
 from attnspan.policies.base import Held, Keep, Pick, Pool
 

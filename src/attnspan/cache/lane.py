@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspan.attention import FEW
 from attnspan.cache.storage import Dense, Fields, Storage
 from attnspan.cache.tables import Tables
+from attnspan.dispatch import FEW
 from attnspan.policies.base import Policy
 from attnspan.positions import Rope, rotate
 
@@ -236,8 +237,7 @@ class Lane(ABC):
         return self._rebuilt(self.batch + other.batch, lambda x, name: torch.cat((x, theirs[name])))
 
     def _rebuilt(self, batch: int, make: Callable[[Tensor, str], Tensor]) -> Lane:
-        lane = object.__new__(type(self))
-        lane.__dict__.update(self.__dict__)
+        lane = copy(self)
         lane.batch = batch
         with torch.inference_mode(False), torch.no_grad():
             lane.fields = {n: make(x, f"fields.{n}") for n, x in self.fields.items()}

@@ -70,8 +70,8 @@ class LayerCache:
         for span in spans:
             rows = slice(None) if span.rows is None else span.rows
             columns = slice(span.start, span.stop)
-            pick = [x[rows][:, :, columns] for x in (q, k, v)]
-            out[rows, :, columns] = self._attend(span.lane, *pick, call)
+            some_q, some_k, some_v = (x[rows][:, :, columns] for x in (q, k, v))
+            out[rows, :, columns] = self._attend(span.lane, some_q, some_k, some_v, call)
         return out
 
     def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -194,7 +194,8 @@ class Journal:
         journal = Journal(self.depth, lane)
         journal.copies = deque(copy.select(rows) for copy in self.copies)
         journal.inputs = deque(
-            (start, *(x.index_select(0, rows) for x in qkv)) for start, *qkv in self.inputs
+            (start, q.index_select(0, rows), k.index_select(0, rows), v.index_select(0, rows))
+            for start, q, k, v in self.inputs
         )
         return journal
 

@@ -1,11 +1,17 @@
 """Lanes whose policy keeps the first tokens and the last ones: a rolling buffer.
 
-A token past the sinks sits in slot `(position - sinks) % slots`. Where the frequencies of the rotary
-embedding don't depend on length, keys are rotated once, at insertion, by their place in the stream:
-angles come from float64, and the distances within the window are what counts. The sinks are held
-un-rotated and stand right before the window, so a query meets them rotated by its place inside the
-cache; the two parts are joined by one softmax. Where frequencies depend on length, keys are held
-un-rotated and rotated at use. Nothing stored is ever rotated again.
+A token past the sinks sits in slot `(position - sinks) % slots`. Where the frequencies of the
+rotary embedding don't depend on length, keys are rotated once, at insertion, by their place in the
+stream: angles come from float64, and the distances within the window are what counts. The sinks are
+held un-rotated, and by their places inside the cache they stand right before the window. Several
+queries, each with a window of its own, are rotated twice, for the sinks and for the window, and one
+softmax joins the two parts; a single query has the sinks' few keys rotated to where they stand
+before its window, which is the same distance and one part less.
+
+Where frequencies depend on length, keys are held un-rotated and rotated at use. So they are in int4
+(a storage that learns the keys' means): rotation smears the mean of a channel over its circle, and
+the bundled model then loses 26 % of its bits per byte instead of 0.5 %. Nothing stored is ever
+rotated again.
 
 >>> from attnspan.cache.ring import Span
 >>> Span(sinks=4, window=6, block=1).least(20)  # the oldest token that token 20 sees, sinks apart
@@ -23,10 +29,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnspan.attention import attend
 from attnspan.cache.lane import SEGMENT, Call, Lane
 from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
+from attnspan.dispatch import attend
 from attnspan.kernels.view import KVView, Part
 from attnspan.positions import rotate
 

@@ -11,7 +11,7 @@ from attnspan.positions import Rope
 
 
 class Tables:
-    """What the layers of one forward would compute alike, computed once. Empty before each forward."""
+    """What the layers of one forward would compute alike, computed once; emptied before each."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, tuple[Tensor, ...]] = {}

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from attnspan.cache import Storage
 from attnspan.evaluation import report as reports
-from attnspan.evaluation.recompute import ratio, recompute, spaced
-from attnspan.evaluation.stream import (
+from attnspan.evaluation.loop import (
     CHUNK,
     Progress,
     Stream,
     continuation,
     first_token,
-    notes,
     run,
     sensible_limit,
 )
+from attnspan.evaluation.recompute import ratio, recompute, spaced
 from attnspan.evaluation.text import TextReader
 from attnspan.models import Cache, attach
 
@@ -88,8 +87,7 @@ def compare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     file: BinaryIO,
-    policies: Sequence[Policy | PerLayer],
-    storages: Sequence[Storage],
+    kept: Sequence[tuple[Policy | PerLayer, Storage]],
     *,
     model_name: str = "model",
     name: str = "text",
@@ -98,7 +96,7 @@ def compare(
     generate: int = 0,
     report: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores the text under each policy in each storage, one after the other.
+    """Scores the text under each policy and storage, one after the other.
 
     A row's `perplexity_ratio` is to `recompute`: at `POSITIONS` evenly spaced tokens, a fresh
     forward of the untouched model over BOS and the last C - 1 tokens, C being the most tokens that
@@ -108,6 +106,7 @@ def compare(
     Args:
         model: in eval mode, not attached.
         file: binary, at the text's first byte; read once.
+        kept: policies and storages; a row each.
         limit: how many tokens are scored at most.
         generate: how many tokens each row continues the text with.
 
@@ -118,7 +117,7 @@ def compare(
         ValueError: the model, a policy or the text can't be used; one sentence says why.
     """
     bos = first_token(model, tokenizer)
-    caches = [Cache(model, policy, storage) for policy in policies for storage in storages]
+    caches = [Cache(model, policy, storage) for policy, storage in kept]
     rows, details, watched = [], [], []
     with Tokens(TextReader(file, tokenizer, name), bos, limit) as tokens:
         with attach(model):
@@ -134,7 +133,7 @@ def compare(
                     watch=spaced(count),
                 )
                 run(stream, report, task=f"{cache.policy}, {cache.storage}")
-                remarks = notes(stream, stopped=count < tokens.count - 1)
+                remarks = reports.notes(stream, stopped=count < tokens.count - 1)
                 text = continuation(stream, tokenizer, generate)
                 rows.append(reports.row(stream))
                 details.append(reports.details(stream, remarks, text))

@@ -11,11 +11,17 @@ FORMATS = ("png", "svg", "pdf")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; styles tell lines that lie
 # on each other apart, and lines in print.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLES = ("-", "--", "-.", ":")
+_LOOKS = tuple(
+    {"color": colour, "linestyle": style, "linewidth": 1.8}
+    for style in ("-", "--", ":")
+    for colour in ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+)
 
-_SMOOTHED = 40
-"""Points along a line at most: a mean over a fortieth of the text, for one block is mere noise."""
+_RUNS = 40
+"""Points along the stream: each a mean over a fortieth of the tokens, for less is mere noise."""
+
+_EXPLODED = 1.5
+"""Lines that lie on average so far above the best are left out of the close view."""
 
 
 def check_plot(path: str | Path) -> str:
@@ -40,64 +46,79 @@ def check_plot(path: str | Path) -> str:
 
 
 def plot(result: dict[str, Any], kind: str = "png") -> bytes:
-    """A picture of what `compare` or `stream` gave, as a file of the format `kind`."""
+    """A picture of what `compare` or `stream` gave, as a file of the format `kind`.
+
+    Perplexity per token, on a log scale where some row explodes; where several rows went all the
+    way, a close view of each over the best of them; and the cache's memory.
+    """
     from matplotlib.figure import Figure  # without pyplot, which keeps figures in global state
 
     details = result["meta"]["details"]
-    several = len({d["storage"] for d in details}) > 1
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    low, high = math.inf, 0.0
-    for i, detail in enumerate(details):
-        series = detail["series"]
-        tokens, perplexity = _smooth(series["tokens"], series["nll"])
-        low, high = min(low, *perplexity), max(high, *perplexity)
-        look: dict[str, Any] = {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _STYLES[i % len(_STYLES)],
-            "linewidth": 1.8,
-        }
-        stopped = detail["series"]["tokens"][-1] < max(d["series"]["tokens"][-1] for d in details)
+    length = max(detail["series"]["tokens"][-1] for detail in details)
+    lines = [_runs(detail["series"], length / _RUNS) for detail in details]
+    whole = [i for i, detail in enumerate(details) if detail["series"]["tokens"][-1] == length]
+    best = min(whole, key=lambda i: result["rows"][i]["nll"])
+    close = [i for i in whole if _mean_ratio(lines[i], lines[best]) < _EXPLODED]
+    panels = 3 if len(close) > 1 else 2
+    figure = Figure(figsize=(9, 3.2 * panels), layout="constrained")
+    axes = list(figure.subplots(panels, 1, sharex=True))
+    several = len({detail["storage"] for detail in details}) > 1
+    for i, (detail, (tokens, perplexity)) in enumerate(zip(details, lines, strict=True)):
+        look: dict[str, Any] = _LOOKS[i % len(_LOOKS)]
+        stopped = i not in whole
         name = detail["policy"] + (f", {detail['storage']}" if several else "")
-        name += " (stopped)" if stopped else ""
-        above.plot(tokens, perplexity, label=name, **look)
-        mib = [size / 2**20 for size in series["cache_bytes"]]
-        below.plot(series["tokens"], mib, **look)
+        axes[0].plot(tokens, perplexity, label=name + (" (stopped)" if stopped else ""), **look)
+        mib = [size / 2**20 for size in detail["series"]["cache_bytes"]]
+        axes[-1].plot(detail["series"]["tokens"], mib, **look)
         if stopped:
             end = {"marker": "X", "markersize": 8, "color": look["color"]}
-            above.plot(tokens[-1:], perplexity[-1:], **end)
-            below.plot(series["tokens"][-1:], mib[-1:], **end)
-    if high > 4 * low:
-        above.set_yscale("log")
-        above.yaxis.set_major_formatter("{x:g}")
-    unit = "perplexity per token"
-    above.set_ylabel(f"{unit} (log scale)" if high > 4 * low else unit)
-    above.set_title(f"{result['meta']['model']['name']} on {result['meta']['text']}")
-    below.set_ylabel("cache memory (MiB)")
-    below.set_ylim(bottom=0)
-    below.set_xlabel("tokens of the stream")
-    below.xaxis.set_major_formatter("{x:,.0f}")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    # Below the axes, where it covers no line.
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+            axes[0].plot(tokens[-1:], perplexity[-1:], **end)
+            axes[-1].plot(detail["series"]["tokens"][-1:], mib[-1:], **end)
+        if panels == 3 and i in close:
+            over = [a / b for a, b in zip(perplexity, lines[best][1], strict=True)]
+            axes[1].plot(tokens, over, **look)
+    shown = [p for _, perplexity in lines for p in perplexity]
+    axes[0].set_ylabel("perplexity per token")
+    if max(shown) > 4 * min(shown):
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("perplexity per token (log scale)")
+    if panels == 3:
+        axes[1].set_ylabel(f"perplexity over that of\n{details[best]['policy']}")
+    axes[0].set_title(f"{result['meta']['model']['name']} on {result['meta']['text']}")
+    axes[-1].set_ylabel("cache memory (MiB)")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_xlabel("tokens of the stream")
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.set_xlim(left=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # there it covers no line
     data = io.BytesIO()
     figure.savefig(data, format=kind, dpi=150)
     return data.getvalue()
 
 
-def _smooth(tokens: list[int], nlls: list[float]) -> tuple[list[int], list[float]]:
-    """Perplexity over runs of points, at the token that each run ends with."""
-    group = math.ceil(len(tokens) / _SMOOTHED)
-    ends, perplexities = [], []
-    for first in range(0, len(tokens), group):
-        counts = [
-            tokens[i] - (tokens[i - 1] if i else 0)
-            for i in range(first, min(first + group, len(tokens)))
-        ]
-        weighed = math.fsum(n * c for n, c in zip(nlls[first : first + group], counts, strict=True))
-        ends.append(tokens[min(first + group, len(tokens)) - 1])
-        perplexities.append(math.exp(min(weighed / sum(counts), 709.0)))
-    return ends, perplexities
+def _runs(series: dict[str, list[Any]], size: float) -> tuple[list[int], list[float]]:
+    """Perplexity over runs of at least `size` tokens, and the token that each ends with."""
+    ends: list[int] = []
+    sums: list[tuple[int, float]] = []
+    before, count, total = 0, 0, 0.0
+    for tokens, nll in zip(series["tokens"], series["nll"], strict=True):
+        count, total = count + tokens - before, total + nll * (tokens - before)
+        before = tokens
+        if count >= size:
+            ends.append(tokens)
+            sums.append((count, total))
+            count, total = 0, 0.0
+    if count and ends and count < size / 2:  # a short rest would be noise: it joins the last run
+        ends[-1], sums[-1] = before, (sums[-1][0] + count, sums[-1][1] + total)
+    elif count:
+        ends.append(before)
+        sums.append((count, total))
+    return ends, [math.exp(min(total / count, 709.0)) for count, total in sums]
+
+
+def _mean_ratio(line: tuple[list[int], list[float]], best: tuple[list[int], list[float]]) -> float:
+    return sum(a / b for a, b in zip(line[1], best[1], strict=True)) / len(best[1])

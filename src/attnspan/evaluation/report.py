@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from attnspan.evaluation.stream import Stream, trained_length
+from attnspan.evaluation.loop import Stream, trained_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,3 +75,20 @@ def meta(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
     }
+
+
+def notes(stream: Stream, stopped: bool) -> list[str]:
+    """What a reader of the figures must know; `stopped` says that text was left."""
+    trained, cache = trained_length(stream.model), stream.cache
+    remarks = []
+    if trained is not None and stopped:
+        remarks.append(
+            f"stopped after {stream.score.tokens:,} tokens: keeping everything makes sense up to "
+            f"the {trained:,} positions that the model was trained for"
+        )
+    if trained is not None and cache.peak_tokens_held > trained:
+        remarks.append(
+            f"holds {cache.peak_tokens_held:,} tokens, more than the {trained:,} positions that "
+            "the model was trained for"
+        )
+    return remarks

@@ -1,327 +1,112 @@
-"""Stream a text through a model and its cache, chunk by chunk, and score every token."""
+"""Stream one text through a model under one policy and storage."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
-
-from attnspan.cache import snapshot
-from attnspan.evaluation.score import Score, token_nll
-from attnspan.evaluation.text import Place, TextReader
+from attnspan.cache import Storage, snapshot
+from attnspan.evaluation import report as reports
+from attnspan.evaluation import saving
+from attnspan.evaluation.loop import (
+    CHUNK,
+    Progress,
+    Stream,
+    continuation,
+    first_token,
+    run,
+    sensible_limit,
+)
+from attnspan.evaluation.text import TextReader
+from attnspan.models import Cache, attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from attnspan.models import Cache
-
-CHUNK = 256
-"""Tokens that go through the model at once."""
+    from attnspan.policies import PerLayer, Policy
 
 SAVE_EVERY = 16_384
 """Tokens between two snapshots."""
 
-TEMPERATURE = 0.8
-"""Of continuations: below 1, so that a small model keeps to what it is surer of."""
 
-
-class Source(Protocol):
-    """Where tokens come from: a `TextReader`, or tokens that were read before."""
-
-    @property
-    def place(self) -> Place | None: ...
-
-    def read(self, count: int) -> tuple[list[int], list[int]]: ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a live bar shows; None where it isn't known."""
-
-    task: str
-    done: int
-    total: int | None
-    perplexity: float | None = None
-    cache_bytes: int | None = None
-    tokens_per_second: float | None = None
-
-
-class Stream:
-    """The tokens of a source through a model, inside `attach(model)`, each scored.
-
-    A step costs the same host time however many tokens went before.
-
-    Args:
-        model: attached, in eval mode.
-        cache: of that model.
-        source: of the text's tokens.
-        first: the id that is fed first and not scored: BOS. None takes the source's first token.
-        limit: how many tokens are scored at most; None is all.
-        chunk: tokens a step.
-        seed: of the random numbers that `generate` draws.
-        watch: token numbers, ascending, counted from 1, whose nll is kept in `watched`.
-
-    Attributes:
-        score: the sums so far.
-        pending: the last token scored, which is fed first in the next step.
-        boundary: the source's place at the start of the step last taken.
-        seconds: spent in steps.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Cache,
-        source: Source,
-        *,
-        first: int | None,
-        limit: int | None = None,
-        chunk: int = CHUNK,
-        seed: int = 0,
-        watch: Sequence[int] = (),
-    ) -> None:
-        for name, value in (("limit", limit), ("chunk", chunk)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
-        self.model, self.cache, self.source = model, cache, source
-        self.limit, self.chunk = limit, chunk
-        self.pending = source.read(1)[0][0] if first is None else first
-        self.boundary = source.place
-        self.score = Score()
-        self.seconds = 0.0
-        self.random = torch.Generator().manual_seed(seed)
-        self.watched: list[float] = []
-        self._watch = watch
-        self._vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-
-    def take(self) -> tuple[list[int], list[int]]:
-        """The next step's tokens and their bytes of text: fewer than `chunk` only at the end."""
-        self.boundary = self.source.place
-        left = None if self.limit is None else self.limit - self.score.tokens
-        return self.source.read(self.chunk if left is None else max(0, min(self.chunk, left)))
-
-    def feed(self, ids: Sequence[int], widths: Sequence[int]) -> None:
-        """Scores a step's tokens and takes the pending one and all but the last into the cache."""
-        logits = self._forward([self.pending, *ids[:-1]])
-        nlls = token_nll(logits, torch.tensor(ids, device=logits.device))
-        before = self.score.tokens
-        self.score.add(nlls, widths, self.cache.nbytes, self.cache.tokens_held)
-        self.pending = ids[-1]
-        while len(self.watched) < len(self._watch):
-            number = self._watch[len(self.watched)]
-            if number > self.score.tokens:
-                break
-            self.watched.append(nlls[number - before - 1])
-
-    def generate(self, count: int, stop: frozenset[int] = frozenset()) -> list[int]:
-        """Up to `count` tokens drawn after the text, until one of `stop`.
-
-        They go into the cache, so a stream that has generated can't go on with its text.
-        """
-        drawn: list[int] = []
-        while len(drawn) < count:
-            logits = self._forward([self.pending])[-1].double().cpu()
-            chances = (logits / TEMPERATURE).softmax(-1)
-            self.pending = int(torch.multinomial(chances, 1, generator=self.random))
-            if self.pending in stop:
-                break
-            drawn.append(self.pending)
-        return drawn
-
-    def _forward(self, ids: list[int]) -> Tensor:
-        """Logits after each of `ids`, `(n, vocabulary)`."""
-        if max(ids) >= self._vocabulary:
-            raise ValueError(
-                f"the tokenizer gave id {max(ids)}; the model has {self._vocabulary} embeddings "
-                "only, so they don't belong together"
-            )
-        with torch.inference_mode():
-            input_ids = torch.tensor([ids], device=self.model.device)
-            output = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True)
-        return output.logits[0]
-
-
-def run(
-    stream: Stream,
-    report: Callable[[Progress], None] | None = None,
-    save: Callable[[Stream], None] | None = None,
-    save_every: int = SAVE_EVERY,
-    task: str = "stream",
-) -> None:
-    """Steps until the end of the text or the limit.
-
-    `save` is called only between steps of a whole chunk, so that a stream that goes on from there
-    takes the same steps as one that never stopped: every `save_every` tokens, and at the end,
-    before the last step if that is a shorter one.
-    """
-    saved, base = None, stream.score.tokens
-    while True:
-        began = time.perf_counter()
-        ids, widths = stream.take()
-        stream.seconds += time.perf_counter() - began
-        tokens, short = stream.score.tokens, len(ids) < stream.chunk
-        if save is not None and tokens != saved and (short or tokens - base >= save_every):
-            save(stream)
-            saved = base = tokens
-        began = time.perf_counter()
-        if ids:
-            stream.feed(ids, widths)
-        stream.seconds += time.perf_counter() - began
-        if report is not None and stream.score.tokens:
-            report(
-                Progress(
-                    task,
-                    stream.score.tokens,
-                    stream.limit,
-                    stream.score.total.perplexity,
-                    stream.cache.nbytes,
-                    stream.score.tokens / stream.seconds,
-                )
-            )
-        if short:
-            return
-
-
-def identity(tokenizer: PreTrainedTokenizerBase, first: int | None, chunk: int) -> dict[str, Any]:
-    """What a snapshot and the stream that goes on from it must agree on, beside the cache's own."""
-    backend: Any = tokenizer.backend_tokenizer
-    core = backend.to_str() + str(tokenizer.split_special_tokens)
-    return {"tokenizer": hashlib.sha256(core.encode()).hexdigest(), "bos": first, "chunk": chunk}
-
-
-def save(stream: Stream, folder: str | Path, identity: dict[str, Any]) -> None:
-    """Writes the stream, as it is between two steps, as the folder's snapshot.
-
-    Raises:
-        OSError: the disk is full, say; the snapshot before stays.
-    """
-    tensors, cache = stream.cache.state()
-    assert stream.boundary is not None, "only a text can be gone on with"
-    meta = {
-        "identity": identity,
-        "cache": cache,
-        "score": stream.score.state(),
-        "place": asdict(stream.boundary),
-        "pending": stream.pending,
-        "seconds": stream.seconds,
-    }
-    named = {f"cache.{name}": tensor for name, tensor in tensors.items()}
-    snapshot.write(folder, {**named, "random": stream.random.get_state()}, meta)
-
-
-def resume(
-    folder: str | Path,
+def stream_text(
     model: PreTrainedModel,
-    cache: Cache,
-    file: BinaryIO,
     tokenizer: PreTrainedTokenizerBase,
-    identity: dict[str, Any],
+    file: BinaryIO,
+    policy: Policy | PerLayer,
+    storage: Storage,
     *,
+    model_name: str = "model",
     name: str = "text",
     limit: int | None = None,
-) -> Stream:
-    """The stream that a snapshot was taken of, ready to go on.
+    chunk: int = CHUNK,
+    seed: int = 0,
+    generate: int = 0,
+    save_to: Path | None = None,
+    save_every: int = SAVE_EVERY,
+    resume_from: Path | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Scores the text, in memory that depends on the policy and not on the text's length.
+
+    Snapshots fall between whole chunks. A stream that goes on from one scores every token, and
+    draws its continuation, as the stream that was saved would have: bit for bit on the same
+    machine, with as many threads and the same options. A cache that keeps everything stops at the
+    model's trained length.
+
+    Args:
+        model: in eval mode, not attached.
+        file: binary, at the text's first byte; read once and forwards, so that a pipe will do.
+        limit: how many tokens are scored at most, those before the snapshot included.
+        chunk: tokens that go through the model at once.
+        seed: of the continuation.
+        generate: how many tokens the text is continued with.
+        save_to: the folder of a snapshot, written every `save_every` tokens and at the end. One
+            that holds a snapshot already must be `resume_from`.
+        resume_from: the folder of the snapshot to go on from.
+
+    Returns:
+        `{"meta": ..., "rows": [row]}` as `compare`, without the ratio to a fresh forward.
 
     Raises:
-        FileNotFoundError: the folder holds no snapshot.
-        ValueError: the snapshot is damaged, or of another model, tokenizer, policy, storage, chunk
-            or text, or `limit` lies before it; one sentence says which.
+        FileNotFoundError: there is no snapshot in `resume_from`.
+        OSError: a snapshot can't be written; the one before it stays.
+        ValueError: the model, the policy, the text or the snapshot can't be used, or `save_to`
+            holds another stream's snapshot; one sentence says why.
     """
-    tensors, meta = snapshot.read(folder)
-    try:
-        theirs, place, score = meta["identity"], Place(**meta["place"]), meta["score"]
-        pending, seconds, state = meta["pending"], meta["seconds"], meta["cache"]
-        random = tensors.pop("random")
-    except (KeyError, TypeError):
-        raise ValueError(f"snapshot {folder}: it is not of a stream") from None
-    for key, ours in identity.items():
-        if theirs.get(key) != ours:
-            raise ValueError(
-                f"snapshot {folder}: it was saved with {key} {theirs.get(key)!r}; "
-                f"this stream has {ours!r}"
-            )
-    if limit is not None and limit < score["tokens"]:
+    if (
+        save_to is not None
+        and snapshot.exists(save_to)
+        and (resume_from is None or save_to.resolve() != resume_from.resolve())
+    ):
         raise ValueError(
-            f"limit is {limit}; the snapshot {folder} has scored {score['tokens']} tokens already, "
-            "and as many or more are allowed"
+            f"{save_to} holds a snapshot already: go on from it, or save to another folder"
         )
-    try:
-        cache.load_state({key.removeprefix("cache."): x for key, x in tensors.items()}, state)
-    except ValueError as error:
-        raise ValueError(f"snapshot {folder}: {error}") from None
-    reader = TextReader(file, tokenizer, name, place)
-    stream = Stream(model, cache, reader, first=pending, limit=limit, chunk=identity["chunk"])
-    stream.score, stream.seconds = Score.from_state(score), seconds
-    stream.random.set_state(random)
-    return stream
-
-
-def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """BOS, of the tokenizer or else of the model's config, if there is one."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        bos = getattr(model.config.get_text_config(), "bos_token_id", None)
-    return bos if isinstance(bos, int) else None
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: EOS, of the generation config and the tokenizer."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)
-
-
-def trained_length(model: PreTrainedModel) -> int | None:
-    """The positions that the model was trained for, if its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def sensible_limit(model: PreTrainedModel, cache: Cache, limit: int | None) -> int | None:
-    """`limit`, but a cache that keeps everything ends at the model's trained length."""
-    trained = trained_length(model)
-    if trained is None or not unbounded(cache):
-        return limit
-    return trained if limit is None else min(limit, trained)
-
-
-def unbounded(cache: Cache) -> bool:
-    """Whether some layer keeps every token."""
-    return any(policy.capacity is None for policy in cache.policies)
-
-
-def continuation(stream: Stream, tokenizer: PreTrainedTokenizerBase, count: int) -> str | None:
-    """Text of up to `count` tokens that the model goes on with; None where there is no room.
-
-    A cache that keeps everything has room up to the model's trained length.
-    """
-    trained = trained_length(stream.model)
-    if trained is not None and unbounded(stream.cache):
-        count = min(count, trained - stream.cache.tokens_seen)
-    if count < 1:
-        return None
-    drawn = stream.generate(count, stop_tokens(stream.model, tokenizer))
-    return str(tokenizer.decode(drawn, skip_special_tokens=True))
-
-
-def notes(stream: Stream, stopped: bool) -> list[str]:
-    """What a reader of the figures must know; `stopped` says that text was left."""
-    trained, cache = trained_length(stream.model), stream.cache
-    remarks = []
-    if trained is not None and stopped:
-        remarks.append(
-            f"stopped after {stream.score.tokens:,} tokens: keeping everything makes sense up to "
-            f"the {trained:,} positions that the model was trained for"
+    cache = Cache(model, policy, storage)
+    bos = first_token(model, tokenizer)
+    most = sensible_limit(model, cache, limit)
+    identity = saving.identity(tokenizer, bos, chunk)
+    if resume_from is None:
+        reader = TextReader(file, tokenizer, name)
+        stream = Stream(model, cache, reader, first=bos, limit=most, chunk=chunk, seed=seed)
+    else:
+        stream = saving.resume(
+            resume_from, model, cache, file, tokenizer, identity, name=name, limit=most
         )
-    if trained is not None and cache.peak_tokens_held > trained:
-        remarks.append(
-            f"holds {cache.peak_tokens_held:,} tokens, more than the {trained:,} positions that "
-            "the model was trained for"
-        )
-    return remarks
+
+    def save(stream: Stream) -> None:
+        assert save_to is not None
+        saving.save(stream, save_to, identity)
+
+    with attach(model):
+        run(stream, report, save if save_to is not None else None, save_every)
+        stopped = stream.score.tokens == most and most != limit
+        remarks = reports.notes(stream, stopped)
+        row = reports.row(stream)
+        text = continuation(stream, tokenizer, generate)
+    details = reports.details(stream, remarks, text)
+    meta = reports.meta(
+        "stream", model, model_name, name, limit=limit, chunk=chunk, bos=bos, details=[details]
+    )
+    return {"meta": meta, "rows": [row]}

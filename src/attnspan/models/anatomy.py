@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnspan.attention import attention
 from attnspan.cache.lane import LayerSpec
+from attnspan.dispatch import attention
 from attnspan.models.interface import Interface
 from attnspan.positions import Rope, rotate
 
@@ -115,7 +115,7 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
 
     limit = getattr(config, "max_position_embeddings", None) or PLACES[-1] + 1
     places = torch.tensor([min(p, limit - 1) for p in PLACES], device=device_of(model))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (places * 7 + 1) % vocabulary
     feed = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
     with interface.diverted(record, measure):

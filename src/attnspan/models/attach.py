@@ -106,8 +106,8 @@ class _Attachment:
         for wanted in ("labels", "output_hidden_states", "output_attentions"):
             if kwargs.get(wanted) is not None and kwargs.get(wanted) is not False:
                 raise ValueError(
-                    f"{wanted} is given with {whole.shape[1]} tokens, which go through in chunks of "
-                    f"{cache.chunk}; a chunk's length or less is allowed"
+                    f"{wanted} is given with {whole.shape[1]} tokens, which go through in chunks "
+                    f"of {cache.chunk}; a chunk's length or less is allowed"
                 )
         length = whole.shape[1]
         keep = kwargs.get("logits_to_keep") or 0

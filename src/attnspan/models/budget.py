@@ -81,8 +81,8 @@ def held_limit(cache: Cache, batch: int) -> int | None:
     least = planned_bytes(cache, batch, None if bounded else 1)
     if least > cache.max_bytes:
         raise ValueError(
-            f"max_bytes is {cache.max_bytes}; policy {cache.policy} in {cache.storage} needs at least "
-            f"{least} bytes for a batch of {batch}, staging included"
+            f"max_bytes is {cache.max_bytes}; policy {cache.policy} in {cache.storage} needs at "
+            f"least {least} bytes for a batch of {batch}, staging included"
         )
     if bounded:
         return None

@@ -11,13 +11,11 @@ from pathlib import Path
 def path() -> Path:
     """The model's folder; it loads offline like any model of yours.
 
-    >>> sorted(file.name for file in path().iterdir())[1:3]
-    ['config.json', 'generation_config.json']
+    >>> from transformers import AutoTokenizer
+    >>> AutoTokenizer.from_pretrained(path()).encode("é")  # BOS, then each byte's value
+    [256, 195, 169]
 
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(path())  # bfloat16, as stored
-        tokenizer = AutoTokenizer.from_pretrained(path())  # a byte is its own id; BOS comes first
+    `AutoModelForCausalLM.from_pretrained(path())` gives the model in bfloat16, as it is stored.
 
     Raises RuntimeError where the package is not unpacked on disk (imported from a zip file).
     """

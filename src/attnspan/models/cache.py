@@ -222,8 +222,8 @@ class Cache(TransformersCache):
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}; a negative number, how many tokens to take "
-                "back, is allowed"
+                f"tokens_to_remove is {tokens_to_remove}; a negative number, how many tokens to "
+                "take back, is allowed"
             )
         tokens = -tokens_to_remove
         if tokens == 0:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 from attnspan.policies.base import Band, Decision, Held, Keep, Policy
 
@@ -12,7 +11,7 @@ from attnspan.policies.base import Band, Decision, Held, Keep, Policy
 class KeepAll(Policy):
     """Every token stays. SPEC: `keep-all`."""
 
-    block: ClassVar[int] = 1
+    block: int = field(default=1, init=False, repr=False)
 
     @property
     def band(self) -> Band:

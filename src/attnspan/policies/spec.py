@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 from attnspan.policies.base import Policy
 from attnspan.policies.compressive import Compressive
@@ -75,10 +76,11 @@ def parse_list(text: str) -> list[Policy | PerLayer]:
 
 
 def _build(spec: str, kind: type[Policy], pairs: list[str]) -> Policy:
+    sizes = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     values: dict[str, object] = {}
     for pair in pairs:
         name, found, value = (part.strip() for part in pair.partition("="))
-        if not found or name in values or name not in kind.__dataclass_fields__:
+        if not found or name in values or name not in sizes:
             raise _wrong(spec)
         if name == "pooling":
             weights = re.fullmatch(r"conv\((.*)\)", value)

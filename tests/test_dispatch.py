@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnspan.attention import IMPLS, Explanation, attention, explain
+from attnspan.dispatch import IMPLS, Explanation, attention, explain
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
 from attnspan.testing import assert_accurate, magnitudes, make_qkv, patterns

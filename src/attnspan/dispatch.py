@@ -249,16 +249,18 @@ def attend(
         `out (batch, num_heads, m, head_dim)` and the scores, or None.
     """
     query = view.parts[0].query
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    needs_joint = return_scores or softcap is not None or fused.lacks(query, query, query) is not None
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    needs_joint = (
+        return_scores or softcap is not None or fused.lacks(query, query, query) is not None
+    )
     if needs_joint or (len(view.parts) > 1 and _is_small(view)):
         return joint(
             view, scale=scale, softcap=softcap, sink_logits=sink_logits, return_scores=return_scores
         )
     results = [fused.partial(p.query, p.key, p.value, p.mask, scale) for p in view.parts]
-    outs, lses = zip(*results, strict=True)
+    outs, lses = [out for out, _ in results], [lse for _, lse in results]
     if sink_logits is not None:
         # A learned sink is a part of its own: one key of that score whose value is zero.
-        sink = sink_logits.to(lses[0].dtype)[:, None].expand_as(lses[0])
-        outs, lses = (*outs, torch.zeros_like(outs[0])), (*lses, sink)
+        lses.append(sink_logits.to(lses[0].dtype)[:, None].expand_as(lses[0]))
+        outs.append(torch.zeros_like(outs[0]))
     return merge(outs, lses)[0] if len(outs) > 1 else outs[0], None
