@@ -377,6 +377,37 @@ class Rope:
             cos, sin = cos.mul_(factor), sin.mul_(factor)
         return cos.to(dtype), sin.to(dtype)
 
+    def spread(
+        self, positions: Tensor, length: int = 1, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin as `turn` takes them: for halves, as wide as what is rotated.
+
+        Spread out once, they turn each of a model's layers in three calls instead of six, which is
+        what decoding one token on a CPU spends its time on.
+        """
+        cos, sin = self.cos_sin(positions, length, dtype)
+        if self.interleaved:
+            return cos, sin
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate` with what `spread` gave; same arguments, result and errors.
+
+        >>> rope, x = Rope(4, 100.0), torch.arange(12.0).view(3, 4)
+        >>> places = torch.tensor([0, 5, 9])
+        >>> expected = rotate(x, *rope.cos_sin(places))
+        >>> bool((rope.turn(x, *rope.spread(places)) - expected).abs().max() < 1e-6)
+        True
+        """
+        if self.interleaved:
+            return rotate(x, cos, sin, interleaved=True)
+        half = self.rotary_dim // 2
+        if x.shape[-1] != self.rotary_dim:
+            return rotate(x, cos[..., :half], sin[..., half:])
+        wide = x if x.element_size() >= 4 else x.float()
+        out = torch.addcmul(wide * cos, wide.roll(half, -1), sin)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Turn the first ``2 * cos.shape[-1]`` dimensions of `x`; the others pass through.

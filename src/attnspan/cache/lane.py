@@ -15,7 +15,7 @@ from attnspan.cache.storage import Dense, Fields, Storage
 from attnspan.cache.tables import Tables
 from attnspan.dispatch import FEW
 from attnspan.policies.base import Policy
-from attnspan.positions import Rope, rotate
+from attnspan.positions import Rope
 
 # Queries attended at once: bounds what a long input stages, and is past the knee of throughput.
 SEGMENT = 256
@@ -191,8 +191,7 @@ class Lane(ABC):
         rope = self.spec.rope
         if rope is None:
             return x
-        cos, sin = tables.cos_sin(rope, start, start + x.shape[2], length, x)
-        return rotate(x, cos, sin, rope.interleaved)
+        return rope.turn(x, *tables.angles(rope, start, start + x.shape[2], length, x))
 
     @property
     def nbytes(self) -> int:

@@ -34,7 +34,6 @@ from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
 from attnspan.dispatch import attend
 from attnspan.kernels.view import KVView, Part
-from attnspan.positions import rotate
 
 _GROWTH = 256
 
@@ -144,11 +143,8 @@ class RingLane(Lane):
         if start < sinks:
             return self._first(q, k, v, call)
         length, tables, late = self.span.place(start) + 1, call.tables, self._late
-        if late:
-            rotated, stored = self._rotate(q, start, length, tables), k
-        else:  # by the same angles, so in one go
-            both = self._rotate(torch.cat((q, k), 1), start, length, tables)
-            rotated, stored = both.split((q.shape[1], k.shape[1]), 1)
+        rotated = self._rotate(q, start, length, tables)
+        stored = k if late else self._rotate(k, start, length, tables)
         new = self._encode(stored, v)
         if m == 1:
             self._write(start, new)
@@ -243,10 +239,9 @@ class RingLane(Lane):
         def make() -> tuple[Tensor, Tensor]:
             places = [self.span.place(start + t) for t in range(m)]
             wide = torch.promote_types(q.dtype, torch.float32)
-            return rope.cos_sin(torch.tensor(places, device=q.device), length, wide)
+            return rope.spread(torch.tensor(places, device=q.device), length, wide)
 
-        cos, sin = tables.get(key, make)
-        return rotate(q, cos, sin, rope.interleaved)
+        return rope.turn(q, *tables.get(key, make))
 
     def _rotate_slots(self, key: Tensor, start: int, m: int, length: int, tables: Tables) -> Tensor:
         """Keys as they lie in the slots (and `m` new ones behind them), rotated by position."""
@@ -256,10 +251,9 @@ class RingLane(Lane):
 
         def make() -> tuple[Tensor, Tensor]:
             wide = torch.promote_types(key.dtype, torch.float32)
-            return rope.cos_sin(self._positions(start, m, key.device), length, wide)
+            return rope.spread(self._positions(start, m, key.device), length, wide)
 
-        cos, sin = tables.get(name, make)
-        return rotate(key, cos, sin, rope.interleaved)
+        return rope.turn(key, *tables.get(name, make))
 
     def _positions(self, start: int, m: int, device: torch.device) -> Tensor:
         """Stream positions of the keys that a segment reads, in the order in which it reads them.

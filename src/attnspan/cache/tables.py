@@ -19,17 +19,17 @@ class Tables:
     def clear(self) -> None:
         self._held.clear()
 
-    def cos_sin(
+    def angles(
         self, rope: Rope, start: int, stop: int, length: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions `start <= p < stop`, `(stop - start, rotary_dim/2)`."""
+        """What `rope.turn` takes, for the positions `start <= p < stop`."""
         # By identity: layers share their ropes, and a value's hash would be computed at each call.
         key = (id(rope), start, stop, rope.regime(length), like.dtype, like.device)
 
         def make() -> tuple[Tensor, ...]:
             positions = torch.arange(start, stop, device=like.device)
             # fp32 at least: bf16 cosines would lose what angles from float64 gained.
-            return rope.cos_sin(positions, length, torch.promote_types(like.dtype, torch.float32))
+            return rope.spread(positions, length, torch.promote_types(like.dtype, torch.float32))
 
         cos, sin = self.get(key, make)
         return cos, sin
