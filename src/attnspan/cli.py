@@ -187,6 +187,7 @@ def demo(
             [*((policy, Dense()) for policy in policies), (policies[2], Int8())],
             model_name="bundled",
             name="held-out Python",
+            chunk=1024,  # what the cache takes at once, and the fastest on a CPU
             generate=120,
             report=bar.show,
         )

@@ -118,6 +118,8 @@ class Lane(ABC):
         un-rotated; returns the shape of `q`.
         """
         outs, done, m = [], 0, q.shape[2]
+        if m == 1:
+            return self._segment(q, k, v, call)
         while done < m:
             # Where a segment ends may depend on what is held, which the one before it decides.
             stop = min(self.seen + m - done, self.seen + SEGMENT, self._cut(self.seen))

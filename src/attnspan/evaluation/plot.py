@@ -9,13 +9,10 @@ from typing import Any
 
 FORMATS = ("png", "svg", "pdf")
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; styles tell lines that lie
-# on each other apart, and lines in print.
-_LOOKS = tuple(
-    {"color": colour, "linestyle": style, "linewidth": 1.8}
-    for style in ("-", "--", ":")
-    for colour in ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-)
+# A colour for each policy, from Okabe and Ito's palette, which colour-blind readers can tell apart;
+# a style for each storage, whose lines lie close to each other.
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLES = {"dense": "-", "int8": "--", "int4": ":"}
 
 _RUNS = 40
 """Points along the stream: each a mean over a fortieth of the tokens, for less is mere noise."""
@@ -62,29 +59,32 @@ def plot(result: dict[str, Any], kind: str = "png") -> bytes:
     panels = 3 if len(close) > 1 else 2
     figure = Figure(figsize=(9, 3.2 * panels), layout="constrained")
     axes = list(figure.subplots(panels, 1, sharex=True))
-    several = len({detail["storage"] for detail in details}) > 1
+    policies = list(dict.fromkeys(detail["policy"] for detail in details))
+    names = [f"{detail['policy']}, {detail['storage']}" for detail in details]
     for i, (detail, (tokens, perplexity)) in enumerate(zip(details, lines, strict=True)):
-        look: dict[str, Any] = _LOOKS[i % len(_LOOKS)]
+        look: dict[str, Any] = {
+            "color": _COLOURS[policies.index(detail["policy"]) % len(_COLOURS)],
+            "linestyle": _STYLES.get(detail["storage"], "-."),
+            "linewidth": 1.4 if detail["storage"] == "dense" else 2.2,
+        }
         stopped = i not in whole
-        name = detail["policy"] + (f", {detail['storage']}" if several else "")
-        axes[0].plot(tokens, perplexity, label=name + (" (stopped)" if stopped else ""), **look)
+        if stopped:
+            look |= {"marker": "X", "markersize": 8, "markevery": [-1]}
+        label = names[i] + (" (stopped)" if stopped else "")
+        axes[0].plot(tokens, perplexity, label=label, **look)
         mib = [size / 2**20 for size in detail["series"]["cache_bytes"]]
         axes[-1].plot(detail["series"]["tokens"], mib, **look)
-        if stopped:
-            end = {"marker": "X", "markersize": 8, "color": look["color"]}
-            axes[0].plot(tokens[-1:], perplexity[-1:], **end)
-            axes[-1].plot(detail["series"]["tokens"][-1:], mib[-1:], **end)
         if panels == 3 and i in close:
             over = [a / b for a, b in zip(perplexity, lines[best][1], strict=True)]
             axes[1].plot(tokens, over, **look)
     shown = [p for _, perplexity in lines for p in perplexity]
     axes[0].set_ylabel("perplexity per token")
-    if max(shown) > 4 * min(shown):
+    if max(shown) > 10 * min(shown):
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel("perplexity per token (log scale)")
     if panels == 3:
-        axes[1].set_ylabel(f"perplexity over that of\n{details[best]['policy']}")
+        axes[1].set_ylabel(f"perplexity over that of\n{names[best]}")
     axes[0].set_title(f"{result['meta']['model']['name']} on {result['meta']['text']}")
     axes[-1].set_ylabel("cache memory (MiB)")
     axes[-1].set_ylim(bottom=0)

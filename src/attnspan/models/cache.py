@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -169,13 +170,18 @@ class Cache(TransformersCache):
     def end(self, failed: bool) -> None:
         """Closes a forward."""
         self.spans, self.broken = None, failed
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        self.peak_tokens_held = max(self.peak_tokens_held, self._seen_at_once())
+        if min(self.seen) <= self._steady_from:
+            self.peak_bytes = max(self.peak_bytes, self.nbytes)
+            self.peak_tokens_held = max(
+                min(self.tokens_seen, p.capacity or self.tokens_seen) for p in self.policies
+            )
 
-    def _seen_at_once(self) -> int:
-        """The most tokens that a query has seen so far."""
-        most = self.tokens_seen
-        return max(most if p.capacity is None else min(most, p.capacity) for p in self.policies)
+    @cached_property
+    def _steady_from(self) -> float:
+        """The tokens seen after which neither bytes nor slots in use can grow any more."""
+        most = [float("inf") if p.capacity is None else p.capacity for p in self.policies]
+        # Journals and means settle later than slots: after two undo depths, and after a warm-up.
+        return max(most) + 4 * (self.rollback + self.chunk + self.storage.warmup)
 
     def _check_budget(self, batch: int) -> None:
         if self.max_bytes is None:
