@@ -28,17 +28,35 @@ DEMO = (
     "compressive:window=314,memory=128,rate=4"
 )
 
+
+def _count(least: int, help: str) -> Any:
+    """An option for a whole number of at least `least`."""
+
+    def parse(text: str | int) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise typer.BadParameter(
+                f"{text} is given; a whole number of at least {least} is allowed"
+            )
+        return number
+
+    return typer.Option(parser=parse, metavar="N", help=help)
+
+
 Model = Annotated[str, typer.Option(help="`bundled`, or a folder with a model in safetensors.")]
 Text = Annotated[str, typer.Option(help="A UTF-8 file; `-` is standard input.", metavar="FILE")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Score at most so many tokens.")]
+Limit = Annotated[int | None, _count(1, "Score at most so many tokens.")]
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the figures; `-`: print them.")
 ]
 Plot = Annotated[
     str | None, typer.Option(metavar="FILE", help="Draw perplexity and memory (.png, .svg, .pdf).")
 ]
-Generate = Annotated[int, typer.Option(min=0, help="Go on with so many tokens after the text.")]
-Chunk = Annotated[int, typer.Option(min=1, help="Tokens that go through the model at once.")]
+Generate = Annotated[int, _count(0, "Go on with so many tokens after the text.")]
+Chunk = Annotated[int, _count(1, "Tokens that go through the model at once.")]
 Device = Annotated[
     str | None, typer.Option(help="`cpu`, `cuda`, ...; by default CUDA where there is a device.")
 ]
@@ -54,7 +72,7 @@ def stream(
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep a snapshot of the stream there.")
     ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Tokens between two snapshots.")] = 16_384,
+    save_every: Annotated[int, _count(1, "Tokens between two snapshots.")] = 16_384,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -67,7 +85,7 @@ def stream(
     json: Json = None,
     plot: Plot = None,
     chunk: Chunk = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the continuation.")] = 0,
+    seed: Annotated[int, _count(0, "Of the continuation.")] = 0,
     device: Device = None,
 ) -> None:
     """Stream a text through a model whose cache is bounded by a policy, and score every token.
@@ -162,7 +180,7 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = (
         Path("demo")
     ),
-    limit: Annotated[int, typer.Option(min=2, metavar="BYTES", help="Bytes of text.")] = 100_000,
+    limit: Annotated[int, _count(2, "Bytes of text.")] = 100_000,
 ) -> None:
     """Compare the policies on Python source that the bundled model never saw, and go on with it."""
     from attnspan.policies import parse_list

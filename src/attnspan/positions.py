@@ -378,14 +378,23 @@ class Rope:
         return cos.to(dtype), sin.to(dtype)
 
     def spread(
-        self, positions: Tensor, length: int = 1, dtype: torch.dtype = torch.float32
+        self,
+        positions: Tensor,
+        length: int = 1,
+        dtype: torch.dtype = torch.float32,
+        scaled: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """cos and sin as `turn` takes them: for halves, as wide as what is rotated.
 
         Spread out once, they turn each of a model's layers in three calls instead of six, which is
-        what decoding one token on a CPU spends its time on.
+        what decoding one token on a CPU spends its time on. `scaled=False` leaves the attention
+        factor out, for what was multiplied with it before.
         """
-        cos, sin = self.cos_sin(positions, length, dtype)
+        wide = dtype if scaled else torch.float64
+        cos, sin = self.cos_sin(positions, length, wide)
+        if not scaled:
+            factor = self.attention_factor(length)
+            cos, sin = (cos / factor).to(dtype), (sin / factor).to(dtype)
         if self.interleaved:
             return cos, sin
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -140,7 +140,7 @@ def test_killed_while_writing(tmp_path):
         "    snapshot.write(sys.argv[1], {'x': torch.full((200_000,), seed)}, {'seed': seed})\n"
         "    print(seed, flush=True)\n"
     )
-    for delay in (0.0, 0.007, 0.02, 0.033):
+    for delay in (0.0, 0.013, 0.031):
         process = subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )

@@ -192,7 +192,7 @@ def test_keep_all_stops_at_the_trained_length(model):
     assert result["meta"]["details"][0]["continuation"] is None
     short = streamed(model, "keep-all", Dense(), limit=60)
     assert short["meta"]["details"][0]["notes"] == []
-    assert len(short["meta"]["details"][0]["continuation"].encode()) <= 4
+    assert 0 < len(short["meta"]["details"][0]["continuation"]) <= 4  # 64 - 60 bytes
 
 
 def test_a_cache_beyond_the_trained_length_is_noted(model):

@@ -46,12 +46,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """What one attention call brings besides q, k and v."""
+    """What one attention call brings besides q, k and v.
+
+    `rotated` says that the model has rotated q and k already, by their places in the stream.
+    """
 
     tables: Tables
     scale: float | None = None
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    rotated: bool = False
 
 
 @dataclass

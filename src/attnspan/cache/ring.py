@@ -65,54 +65,42 @@ class RingLane(Lane):
     """A lane with a rolling buffer."""
 
     span: Span = field(init=False)
+    slots: int | None = field(init=False)  # of the rolling buffer; None for one that never rolls
+    late: bool = field(init=False)  # keys are held un-rotated: angles unknown yet, or means count
+    front: int = field(init=False)  # slots before the buffer: dense lanes put the sinks there
 
     def __post_init__(self) -> None:
-        band = self.policy.band
+        band, capacity = self.policy.band, self.policy.capacity
         assert band is not None, "policies without a closed form have lanes of their own"
         self.span = Span(band.sinks, band.window, self.policy.block)
+        self.slots = None if capacity is None else capacity - band.sinks
+        self.late = self.spec.depends_on_length or self.storage.warmup > 0
+        self.front = band.sinks if isinstance(self.storage, Dense) else 0
         super().__post_init__()
 
     def _allocate_extra(self) -> None:
         if self.span.sinks:
             self.extra["sink_key"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
-            if not self._front:
+            if not self.front:
                 name = "sink_value"
                 self.extra[name] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
 
     @property
-    def _late(self) -> bool:
-        """Whether keys are held un-rotated: their angles aren't known yet, or their means count."""
-        return self.spec.depends_on_length or self.storage.warmup > 0
-
-    @property
-    def _front(self) -> int:
-        """Slots before the rolling buffer, where dense lanes put the sinks for a single query."""
-        return self.span.sinks if isinstance(self.storage, Dense) else 0
-
-    @property
     def _sink_value(self) -> Tensor:
-        return (
-            self.fields["value"][:, :, : self._front] if self._front else self.extra["sink_value"]
-        )
-
-    @property
-    def _slots(self) -> int | None:
-        """Slots of the rolling buffer; None for one that never rolls."""
-        capacity = self.policy.capacity
-        return None if capacity is None else capacity - self.span.sinks
+        return self.fields["value"][:, :, : self.front] if self.front else self.extra["sink_value"]
 
     def _slots_needed(self) -> int:
-        slots = self._slots if self._slots is not None else self.limit
+        slots = self.slots if self.slots is not None else self.limit
         if slots is None:
             # Half as much again at each growth: copies stay proportional to the stream.
             wanted = max(self.seen, int(self.seen * 1.5)) if self.seen else 1
             slots = -(-wanted // _GROWTH) * _GROWTH
         if self._warm:
             slots = min(slots, self._freeze_at - self.span.sinks)
-        return self._front + max(1, slots)
+        return self.front + max(1, slots)
 
     def _slots_full(self) -> int:
-        return self._front + (self._slots or self.limit or 1)
+        return self.front + (self.slots or self.limit or 1)
 
     def _cut(self, start: int) -> int:
         if start < self.span.sinks:
@@ -131,7 +119,7 @@ class RingLane(Lane):
 
     @property
     def tokens_held(self) -> int:
-        slots = self._slots
+        slots = self.slots
         past = max(0, self.seen - self.span.sinks)
         return min(self.seen, self.span.sinks) + (past if slots is None else min(past, slots))
 
@@ -142,36 +130,33 @@ class RingLane(Lane):
         start, m, sinks = self.seen, q.shape[2], self.span.sinks
         if start < sinks:
             return self._first(q, k, v, call)
-        length, tables, late = self.span.place(start) + 1, call.tables, self._late
-        rotated = self._rotate(q, start, length, tables)
-        stored = k if late else self._rotate(k, start, length, tables)
+        length, tables, turned = self.span.place(start) + 1, call.tables, call.rotated
+        rotated = q if turned else self._rotate(q, start, length, tables)
+        stored = k if turned or self.late else self._rotate(k, start, length, tables)
         new = self._encode(stored, v)
         if m == 1:
             self._write(start, new)
-            count = min(start + 1 - sinks, self._slots or start + 1)
-            stop = self._front + count
-            key, value = self._decode(
-                {n: x[:, :, self._front : stop] for n, x in self.fields.items()}
-            )
-            if late:
+            count = min(start + 1 - sinks, self.slots or start + 1)
+            held = slice(self.front, self.front + count)
+            key, value = self._decode({n: x[:, :, held] for n, x in self.fields.items()})
+            if self.late:
                 key = self._rotate_slots(key, start, m, length, tables)
             mask = None
-            if self.policy.block > 1 and start + 1 - self.span.least(start) < count:
+            if self.span.block > 1 and start + 1 - self.span.least(start) < count:
                 mask = self._mask(tables, start, m)
             if sinks:
                 key, value, mask = self._behind_sinks(key, value, mask, start, length, tables)
             parts = (Part(rotated, key, value, mask),)
         else:
-            used = slice(self._front, self._front + self._used())
-            fields = {n: torch.cat((x[:, :, used], new[n]), 2) for n, x in self.fields.items()}
+            held = slice(self.front, self.front + self._used())
+            fields = {n: torch.cat((x[:, :, held], new[n]), 2) for n, x in self.fields.items()}
             key, value = self._decode(fields)
-            if late:
+            if self.late:
                 key = self._rotate_slots(key, start, m, length, tables)
             parts = (Part(rotated, key, value, self._mask(tables, start, m)),)
             if sinks:
-                places = self._rotate_at_places(q, start, length, tables)
-                sink_key = self._rotate(self.extra["sink_key"], 0, length, tables)
-                parts = (Part(places, sink_key, self._sink_value), *parts)
+                places = self._at_places(q, start, length, call)
+                parts = (Part(places, self._sinks(sinks, length, tables), self._sink_value), *parts)
         out = self._attend(parts, call)
         if m > 1:
             self._write(start, new)
@@ -181,16 +166,22 @@ class RingLane(Lane):
     def _first(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Takes in tokens that are sinks themselves."""
         start, m, tables = self.seen, q.shape[2], call.tables
-        stop, length = start + m, start + m
-        self.extra["sink_key"][:, :, start:stop] = k
-        self._sink_value[:, :, start:stop] = v
-        key = self._rotate(self.extra["sink_key"][:, :, :stop], 0, length, tables)
-        mask = self._mask(tables, start, m, sinks_only=True) if m > 1 else None
-        part = Part(
-            self._rotate(q, start, length, tables), key, self._sink_value[:, :, :stop], mask
+        stop = start + m
+        done = call.rotated or self.late
+        self.extra["sink_key"][:, :, start:stop] = (
+            k if done else self._rotate(k, start, stop, tables)
         )
+        self._sink_value[:, :, start:stop] = v
+        query = q if call.rotated else self._rotate(q, start, stop, tables)
+        mask = self._mask(tables, start, m, sinks_only=True) if m > 1 else None
+        key = self._sinks(stop, stop, tables)
         self._advance(k)
-        return self._attend((part,), call)
+        return self._attend((Part(query, key, self._sink_value[:, :, :stop], mask),), call)
+
+    def _sinks(self, count: int, length: int, tables: Tables) -> Tensor:
+        """The keys of the first sinks, rotated by their own places."""
+        key = self.extra["sink_key"][:, :, :count]
+        return self._rotate(key, 0, length, tables) if self.late else key
 
     def _behind_sinks(
         self,
@@ -206,13 +197,16 @@ class RingLane(Lane):
         The sinks stand right before the oldest token that the query sees, which is where their
         places inside the cache put them; so one frame of positions serves all keys.
         """
-        sinks = self.span.sinks
-        sink_key = self._rotate(
-            self.extra["sink_key"], self.span.least(start) - sinks, length, tables
-        )
+        rope, sinks, sink_key = self.spec.rope, self.span.sinks, self.extra["sink_key"]
+        shift = self.span.least(start) - sinks
+        if self.late:
+            sink_key = self._rotate(sink_key, shift, length, tables)
+        elif rope is not None and shift:
+            angles = tables.angles(rope, shift, shift + 1, length, sink_key, scaled=False)
+            sink_key = rope.turn(sink_key, *angles)
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (sinks, 0))
-        if not self._front or self._late:
+        if not self.front or self.late:
             key = torch.cat((sink_key, key), 2)
             value = torch.cat((self._sink_value, value), 2)
             return key, value, mask
@@ -226,22 +220,21 @@ class RingLane(Lane):
         )
         return out
 
-    def _rotate_at_places(self, q: Tensor, start: int, length: int, tables: Tables) -> Tensor:
+    def _at_places(self, q: Tensor, start: int, length: int, call: Call) -> Tensor:
         """Queries rotated by their places inside the cache."""
         rope, m = self.spec.rope, q.shape[2]
         if rope is None:
             return q
-        first, last = self.span.place(start), self.span.place(start + m - 1)
-        if last - first == m - 1:
-            return self._rotate(q, first, length, tables)
-        key = ("places", id(rope), self.span, start, m, rope.regime(length), q.dtype, q.device)
+        turned = call.rotated  # by places in the stream: the difference is left to turn
+        name = (id(rope), self.span, start, m, rope.regime(length), q.dtype, q.device, turned)
 
         def make() -> tuple[Tensor, Tensor]:
-            places = [self.span.place(start + t) for t in range(m)]
+            places = [self.span.place(i) - i * turned for i in range(start, start + m)]
             wide = torch.promote_types(q.dtype, torch.float32)
-            return rope.spread(torch.tensor(places, device=q.device), length, wide)
+            positions = torch.tensor(places, device=q.device)
+            return rope.spread(positions, length, wide, scaled=not turned)
 
-        return rope.turn(q, *tables.get(key, make))
+        return rope.turn(q, *call.tables.get(("places", *name), make))
 
     def _rotate_slots(self, key: Tensor, start: int, m: int, length: int, tables: Tables) -> Tensor:
         """Keys as they lie in the slots (and `m` new ones behind them), rotated by position."""
@@ -260,7 +253,7 @@ class RingLane(Lane):
 
         One new token is read where it was written; several are read behind the old ones.
         """
-        sinks, slots = self.span.sinks, self._slots
+        sinks, slots = self.span.sinks, self.slots
         stop = start + 1 if m == 1 else start
         held = stop - sinks
         if slots is None or held <= slots:
@@ -274,7 +267,7 @@ class RingLane(Lane):
         return torch.cat((old, torch.arange(start, start + m, device=device)))
 
     def _mask(self, tables: Tables, start: int, m: int, sinks_only: bool = False) -> Tensor:
-        key = ("mask", self.span, self._slots, start, m, sinks_only, self.dtype, self.device)
+        key = ("mask", self.span, self.slots, start, m, sinks_only, self.dtype, self.device)
 
         def make() -> tuple[Tensor]:
             query = torch.arange(start, start + m, device=self.device)[:, None]
@@ -296,19 +289,19 @@ class RingLane(Lane):
         """Writes tokens from stream position `start` on to their slots."""
         first = start - self.span.sinks
         m = next(iter(new.values())).shape[2]
-        slots = self._slots
+        slots = self.slots
         if slots is None:
-            self._grow(self._front + first + m)
-            self._put(self._front + first, new)
+            self._grow(self.front + first + m)
+            self._put(self.front + first, new)
             return
         skipped = max(0, m - slots)  # those would be overwritten by the same segment
         begin = (first + skipped) % slots
         fitting = min(m - skipped, slots - begin)
         self._put(
-            self._front + begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()}
+            self.front + begin, {n: x[:, :, skipped : skipped + fitting] for n, x in new.items()}
         )
         if skipped + fitting < m:
-            self._put(self._front, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
+            self._put(self.front, {n: x[:, :, skipped + fitting :] for n, x in new.items()})
 
     def _grow(self, slots: int) -> None:
         held = next(iter(self.fields.values())).shape[2]

@@ -20,16 +20,17 @@ class Tables:
         self._held.clear()
 
     def angles(
-        self, rope: Rope, start: int, stop: int, length: int, like: Tensor
+        self, rope: Rope, start: int, stop: int, length: int, like: Tensor, scaled: bool = True
     ) -> tuple[Tensor, Tensor]:
         """What `rope.turn` takes, for the positions `start <= p < stop`."""
         # By identity: layers share their ropes, and a value's hash would be computed at each call.
-        key = (id(rope), start, stop, rope.regime(length), like.dtype, like.device)
+        key = (id(rope), start, stop, rope.regime(length), like.dtype, like.device, scaled)
 
         def make() -> tuple[Tensor, ...]:
             positions = torch.arange(start, stop, device=like.device)
             # fp32 at least: bf16 cosines would lose what angles from float64 gained.
-            return rope.spread(positions, length, torch.promote_types(like.dtype, torch.float32))
+            wide = torch.promote_types(like.dtype, torch.float32)
+            return rope.spread(positions, length, wide, scaled)
 
         cos, sin = self.get(key, make)
         return cos, sin

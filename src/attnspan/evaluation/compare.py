@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 
 class Tokens:
-    """A text's tokens in a temporary file, so that each row reads them again; a context manager.
+    """A text's tokens in a file, so that each row reads them again.
 
     Id 0 of the sequence is BOS where there is one. At most `limit + 1` ids are taken, for the
     first is fed and not scored.
     """
 
-    def __init__(self, reader: TextReader, bos: int | None, limit: int | None) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+    def __init__(
+        self, file: BinaryIO, reader: TextReader, bos: int | None, limit: int | None
+    ) -> None:
+        self._file = file
         self.count = 0
         most = None if limit is None else limit + 1
         if bos is not None:
@@ -48,12 +50,6 @@ class Tokens:
             self._append(ids, widths)
             if len(ids) < wanted:
                 break
-
-    def __enter__(self) -> Tokens:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def _append(self, ids: list[int], widths: list[int]) -> None:
         self._file.write(array("q", [n for pair in zip(ids, widths, strict=True) for n in pair]))
@@ -119,7 +115,8 @@ def compare(
     bos = first_token(model, tokenizer)
     caches = [Cache(model, policy, storage) for policy, storage in kept]
     rows, details, watched = [], [], []
-    with Tokens(TextReader(file, tokenizer, name), bos, limit) as tokens:
+    with tempfile.TemporaryFile() as spool:
+        tokens = Tokens(spool, TextReader(file, tokenizer, name), bos, limit)
         with attach(model):
             for cache in caches:
                 count = sensible_limit(model, cache, tokens.count - 1) or 0

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from attnspan.models import Cache
 
 
-def identity(tokenizer: PreTrainedTokenizerBase, first: int | None, chunk: int) -> dict[str, Any]:
+def identity(
+    tokenizer: PreTrainedTokenizerBase, bos: int | None, chunk: int, seed: int
+) -> dict[str, Any]:
     """What a snapshot and the stream that goes on from it must agree on, beside the cache's own."""
     backend: Any = tokenizer.backend_tokenizer
     core = backend.to_str() + str(tokenizer.split_special_tokens)
-    return {"tokenizer": hashlib.sha256(core.encode()).hexdigest(), "bos": first, "chunk": chunk}
+    digest = hashlib.sha256(core.encode()).hexdigest()
+    return {"tokenizer": digest, "bos": bos, "chunk": chunk, "seed": seed}
 
 
 def save(stream: Stream, folder: str | Path, identity: dict[str, Any]) -> None:
@@ -60,8 +63,8 @@ def resume(
 
     Raises:
         FileNotFoundError: the folder holds no snapshot.
-        ValueError: the snapshot is damaged, or of another model, tokenizer, policy, storage, chunk
-            or text, or `limit` lies before it; one sentence says which.
+        ValueError: the snapshot is damaged, or of another model, tokenizer, policy, storage, chunk,
+            seed or text, or `limit` lies before it; one sentence says which.
     """
     tensors, meta = snapshot.read(folder)
     try:

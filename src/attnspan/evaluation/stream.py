@@ -86,7 +86,7 @@ def stream_text(
     cache = Cache(model, policy, storage)
     bos = first_token(model, tokenizer)
     most = sensible_limit(model, cache, limit)
-    identity = saving.identity(tokenizer, bos, chunk)
+    identity = saving.identity(tokenizer, bos, chunk, seed)
     if resume_from is None:
         reader = TextReader(file, tokenizer, name)
         stream = Stream(model, cache, reader, first=bos, limit=most, chunk=chunk, seed=seed)

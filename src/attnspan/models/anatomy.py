@@ -37,14 +37,32 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """What the probe found: the layers, and the width of each rotary embedding's cosines.
+class Angles:
+    """What one rotary embedding gives: cosines of `width`, laid out as its model applies them.
 
-    `widths` is keyed by the embedding's index in `Interface.embeddings` and its layer type.
+    `rope` is None where no layer's angles explain them. `layout` is "halves" (each cosine again in
+    the second half), "pairs" (each cosine twice running) or "once".
+    """
+
+    width: int
+    rope: Rope | None = None
+    layout: str = ""
+
+    def lay(self, x: Tensor) -> Tensor:
+        if self.layout == "halves":
+            return torch.cat((x, x), -1)
+        return x.repeat_interleave(2, -1) if self.layout == "pairs" else x
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the probe found: the layers, and what each rotary embedding gives.
+
+    `angles` is keyed by the embedding's index in `Interface.embeddings` and its layer type.
     """
 
     layers: tuple[Layer, ...]
-    widths: dict[tuple[int, str | None], int]
+    angles: dict[tuple[int, str | None], Angles]
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -80,7 +98,7 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
         )
     if not interface.embeddings:
         raise Refused(f"{_family(config)} has no rotary embedding that could be taken over")
-    widths: dict[tuple[int, str | None], int] = {}
+    given: dict[tuple[int, str | None], Tensor] = {}
     plain: list[_Seen] = []
     bare: list[Tensor] = []
 
@@ -106,7 +124,7 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
         result = forward(*args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2 and not result[0].is_complex()):
             raise Refused(f"{_family(config)} rotates by complex numbers, which can't be taken out")
-        widths[interface.embeddings.index(module), layer_type(args, kwargs)] = result[0].shape[-1]
+        given[interface.embeddings.index(module), layer_type(args, kwargs)] = result[0][0]
         return result
 
     def replay(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
@@ -129,14 +147,15 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
             f"{_family(config)} has {config.num_hidden_layers} layers, {len(plain)} of which call "
             "attention; models that mix attention with other layers can't be cached yet"
         )
-    with interface.diverted(replay, Unrotated(widths, interface)):
+    bare_angles = {key: Angles(cos.shape[-1]) for key, cos in given.items()}
+    with interface.diverted(replay, Unrotated(bare_angles, interface)):
         _run(model, feed)
     ropes: dict[Rope, Rope] = {}
     layers = tuple(
         _explain(i, seen, key, places, config, ropes)
         for i, (seen, key) in enumerate(zip(plain, bare, strict=True))
     )
-    return Anatomy(layers, widths)
+    return Anatomy(layers, {key: _angles(cos, places, ropes) for key, cos in given.items()})
 
 
 def _run(model: nn.Module, feed: dict[str, Any]) -> None:
@@ -154,19 +173,40 @@ def _run(model: nn.Module, feed: dict[str, Any]) -> None:
 class Unrotated:
     """Stands for rotary embeddings: cosines of one, sines of zero, so keys come out as they are."""
 
-    def __init__(self, widths: dict[tuple[int, str | None], int], interface: Interface) -> None:
-        self.widths = {
-            (id(interface.embeddings[index]), kind): width
-            for (index, kind), width in widths.items()
-        }
+    def __init__(self, angles: dict[tuple[int, str | None], Angles], interface: Interface) -> None:
+        self.angles = {(id(interface.embeddings[i]), kind): a for (i, kind), a in angles.items()}
 
     def __call__(
         self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        x = args[0] if args else kwargs["x"]
-        places = args[1] if len(args) > 1 else kwargs["position_ids"]
-        shape = (*places.shape, self.widths[id(module), layer_type(args, kwargs)])
+        x, places = _inputs(args, kwargs)
+        shape = (*places.shape, self.angles[id(module), layer_type(args, kwargs)].width)
         return x.new_ones(1).expand(shape), x.new_zeros(1).expand(shape)
+
+
+class Rotated(Unrotated):
+    """Stands for rotary embeddings: the model's own rotation, by angles from float64.
+
+    All rows are at the same places, which count from `start`.
+    """
+
+    start = 0
+
+    def __call__(
+        self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        x, places = _inputs(args, kwargs)
+        angles = self.angles[id(module), layer_type(args, kwargs)]
+        assert angles.rope is not None
+        positions = torch.arange(self.start, self.start + places.shape[-1], device=x.device)
+        cos, sin = angles.rope.cos_sin(positions, 1, x.dtype)
+        return angles.lay(cos)[None], angles.lay(sin)[None]
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """`x` and `position_ids` of a rotary embedding's forward."""
+    x = args[0] if args else kwargs["x"]
+    return x, args[1] if len(args) > 1 else kwargs["position_ids"]
 
 
 def layer_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -229,3 +269,16 @@ def _candidates(index: int, config: Any, errors: list[str]) -> Iterator[Rope | N
             yield Rope.from_config(config, kind, interleaved)
         except ValueError as error:
             errors.append(str(error))
+
+
+def _angles(cos: Tensor, places: Tensor, ropes: dict[Rope, Rope]) -> Angles:
+    """The rope and the layout that give a rotary embedding's cosines at the probe's places."""
+    width = cos.shape[-1]
+    for rope in ropes:
+        ours, _ = rope.cos_sin(places, int(places[-1]) + 1)
+        for layout in ("once", "halves", "pairs"):
+            angles = Angles(width, rope, layout)
+            laid = angles.lay(ours)
+            if laid.shape == cos.shape and float((laid - cos.float()).abs().max()) < 1e-3:
+                return angles
+    return Angles(width)

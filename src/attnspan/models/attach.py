@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnspan.models.anatomy import Anatomy, Refused, Unrotated, device_of, probe, refuse_unknown
+from attnspan.models.anatomy import (
+    Anatomy,
+    Refused,
+    Rotated,
+    Unrotated,
+    device_of,
+    probe,
+    refuse_unknown,
+)
 from attnspan.models.cache import Cache
 from attnspan.models.interface import Interface
 from attnspan.policies import KeepAll
@@ -47,7 +55,9 @@ class _Attachment:
         self.base: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
         self.interface = Interface(model)
         self.anatomy: Anatomy = probe(model, self.interface)
-        self.unrotated = Unrotated(self.anatomy.widths, self.interface)
+        self.unrotated = Unrotated(self.anatomy.angles, self.interface)
+        self.rotated = Rotated(self.anatomy.angles, self.interface)
+        self.turned = False  # whether the forward under way rotates q and k itself
         self.forwards: dict[nn.Module, Callable[..., Any]] = {}
         self.cache: Cache | None = None
 
@@ -161,9 +171,11 @@ class _Attachment:
         self._check_positions(kwargs.pop("position_ids", None), seen, mask, batch, width)
         cache.begin(batch, width, mask)
         failed = True
-        self.cache = cache
+        self.cache, self.turned = cache, cache.in_step
+        self.rotated.start = cache.columns - width
         try:
-            with self.interface.diverted(self._attend, self.unrotated):
+            rotary = self.rotated if self.turned else self.unrotated
+            with self.interface.diverted(self._attend, rotary):
                 result = forward(**kwargs)
             failed = False
         finally:
@@ -220,7 +232,16 @@ class _Attachment:
                 "attnspan.Cache holds no graph: call the model under torch.no_grad() or "
                 "torch.inference_mode()"
             )
-        return self.cache.attend(layer, q, k, v, scale=scaling, softcap=softcap, sink_logits=s_aux)
+        return self.cache.attend(
+            layer,
+            q,
+            k,
+            v,
+            scale=scaling,
+            softcap=softcap,
+            sink_logits=s_aux,
+            rotated=self.turned,
+        )
 
 
 def _check_mask(mask: Any) -> None:

@@ -158,6 +158,23 @@ class Cache(TransformersCache):
             self.rows += groups.values()
             self.seen += [seen[lane]] * len(groups)
 
+    @cached_property
+    def _by_place(self) -> bool:
+        """Whether keys are held as the model itself can rotate them: by place, without loss."""
+        ropes = [layer.spec.rope for layer in self.anatomy.layers]
+        return (
+            self.dtype in (torch.float32, torch.float64)  # models round angles to their own dtype
+            and not (self.storage.warmup or self.rollback)  # what is undone runs again un-rotated
+            and all(policy.band is not None for policy in self.policies)
+            and not any(r.depends_on_length or r.attention_factor() != 1 for r in ropes if r)
+            and all(angles.rope is not None for angles in self.anatomy.angles.values())
+        )
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the forward under way may leave rotation to the model: no row is padded."""
+        return self._by_place and self.seen == [self.columns]
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Layer `layer`'s attention over what its policy holds and the new keys and values."""
         if self.spans is None:
