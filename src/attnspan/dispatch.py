@@ -250,10 +250,9 @@ def attend(
     """
     query = view.parts[0].query
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
-    needs_joint = (
-        return_scores or softcap is not None or fused.lacks(query, query, query) is not None
-    )
-    if needs_joint or (len(view.parts) > 1 and _is_small(view)):
+    # Elsewhere than on a CPU the fused kernels want masks laid out anew and keys repeated.
+    fusible = query.device.type == "cpu" and softcap is None and not return_scores
+    if not fusible or (len(view.parts) > 1 and _is_small(view)):
         return joint(
             view, scale=scale, softcap=softcap, sink_logits=sink_logits, return_scores=return_scores
         )

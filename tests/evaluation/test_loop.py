@@ -82,7 +82,10 @@ def test_limit_counts_the_tokens_scored(model, limit):
     assert [p.done for p in seen] == sorted(p.done for p in seen)
 
 
-@pytest.mark.parametrize(("name", "value"), [("limit", 0), ("limit", -1), ("chunk", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("limit", 0), ("limit", -1), ("chunk", 0), ("chunk", 1.5), ("seed", -1), ("seed", 2**63)],
+)
 def test_sizes_are_checked(model, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Stream(model, Cache(model, Window(4)), reader(), first=BOS, **{name: value})
@@ -138,8 +141,9 @@ def test_a_killed_stream_goes_on_bit_for_bit(model, policy, storage, tmp_path):
     assert figures(streamed(model, policy, storage, resume_from=tmp_path)) == expected
 
 
-def test_a_longer_limit_goes_on_as_if_never_stopped(model, tmp_path):
-    streamed(model, POLICIES[1], Dense(), limit=100, save_to=tmp_path, generate=5)
+@pytest.mark.parametrize("limit", [5, 16, 100])  # before the first whole step, at it, and later
+def test_a_longer_limit_goes_on_as_if_never_stopped(model, tmp_path, limit):
+    streamed(model, POLICIES[1], Dense(), limit=limit, save_to=tmp_path, generate=5)
     went_on = streamed(model, POLICIES[1], Dense(), limit=250, resume_from=tmp_path)
     assert figures(went_on) == figures(streamed(model, POLICIES[1], Dense(), limit=250))
 

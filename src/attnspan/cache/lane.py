@@ -190,7 +190,7 @@ class Lane(ABC):
 
     def _put(self, slot: int, encoded: Fields) -> None:
         for name, x in encoded.items():
-            self.fields[name][:, :, slot : slot + x.shape[2]] = x
+            self.fields[name].narrow(2, slot, x.shape[2]).copy_(x)
 
     def _rotate(self, x: Tensor, start: int, length: int, tables: Tables) -> Tensor:
         """`x` rotated by the positions `start`, `start + 1`, ..."""
@@ -213,18 +213,19 @@ class Lane(ABC):
             planned += sum(x.nbytes for x in self.fields.values())
         return planned
 
-    def staging_bytes(self, chunk: int) -> int:
+    def staging_bytes(self, chunk: int, on_cpu: bool = True) -> int:
         """The most that one call of up to `chunk` tokens stages on top, an upper bound.
 
         What is read is joined with what is new, decoded and rotated, in fp32 at most; a segment's
-        scores are whole where the policy asks for them or the layer caps its logits.
+        scores are whole where the policy asks for them, the layer caps its logits, or the device
+        isn't a CPU.
         """
         m = min(SEGMENT, chunk, self._segment_most())
         n = self._slots_full() + self.policy.leading + m
         spec, wide = self.spec, max(4, self.dtype.itemsize)
         keys = 5 * n * spec.num_kv_heads * spec.head_dim * wide
         queries = 6 * m * spec.num_heads * spec.head_dim * wide
-        whole = self.policy.needs_scores or spec.softcap
+        whole = self.policy.needs_scores or spec.softcap or not on_cpu
         scores = 3 * (m * n if whole else min(m * n, 2 * FEW)) * spec.num_heads * 4
         masks = m * n * (wide + 4)
         return self.batch * (keys + queries + scores) + masks

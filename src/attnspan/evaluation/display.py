@@ -90,7 +90,8 @@ def show(result: dict[str, Any], file: TextIO) -> None:
     cells = [_cells(*both) for both in zip(result["rows"], details, strict=True)]
     device = f"{meta['device']}, {meta['threads']} threads"
     console.print(f"{meta['model']['name']} on {printable(meta['text'])} ({device})")
-    headers = list(cells[0])
+    # `stream` has no ratio to show: a column of nothing is left out.
+    headers = [header for header in cells[0] if any(row[header] != "-" for row in cells)]
     names, first, second = headers[:2], headers[2:7], headers[7:]
     whole = console.width >= WIDE
     for chosen in [headers] if whole else [names + first, names + second]:

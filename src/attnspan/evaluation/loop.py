@@ -83,6 +83,8 @@ class Stream:
         for name, value in (("limit", limit), ("chunk", chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r}; a whole number from 0 to 2^63 - 1 is allowed")
         self.model, self.cache, self.source = model, cache, source
         self.limit, self.chunk = limit, chunk
         self.pending = source.read(1)[0][0] if first is None else first

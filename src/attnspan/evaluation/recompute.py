@@ -115,9 +115,11 @@ class Ratio:
 
 
 def ratio(streamed: Sequence[float], fresh: Sequence[float], held: int) -> Ratio:
-    """
-    >>> ratio([1.0, 1.2], [0.9, 1.1], held=512)
-    Ratio(ratio=1.1051709180756477, standard_error=0.0, positions=2, held=512)
+    """The ratio of two lists of nll, in nats, of the same tokens.
+
+    >>> found = ratio([1.0, 1.5], [0.5, 1.0], held=512)
+    >>> round(found.ratio, 6), found.standard_error
+    (1.648721, 0.0)
     """
     differences = [a - b for a, b in zip(streamed, fresh, strict=True)]
     count = len(differences)

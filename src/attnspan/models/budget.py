@@ -62,7 +62,7 @@ def planned_bytes(cache: Cache, batch: int, limit: int | None) -> int:
     for layer in cache.caches:
         lane = layer.lane(batch, cache.dtype, torch.device("meta"))
         lane.limit = limit
-        allocated, staging = lane.planned_bytes(), lane.staging_bytes(cache.chunk)
+        allocated, staging = lane.planned_bytes(), lane.staging_bytes(cache.chunk, cache.on_cpu)
         inputs = 2 * cache.rollback * batch * (layer.spec.num_heads + 2 * layer.spec.num_kv_heads)
         journal = 3 * allocated + 2 * inputs * layer.spec.head_dim * cache.dtype.itemsize
         held += allocated + (journal if cache.rollback else 0)

@@ -158,6 +158,11 @@ class Cache(TransformersCache):
             self.rows += groups.values()
             self.seen += [seen[lane]] * len(groups)
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model's first parameter, and so the cache's first layer, is on a CPU."""
+        return next(self.model.parameters()).device.type == "cpu"
+
     @cached_property
     def _by_place(self) -> bool:
         """Whether keys are held as the model itself can rotate them: by place, without loss."""
