@@ -76,8 +76,12 @@ def main() -> None:
             more = ("--resume", str(save)) if kept else ()
             subprocess.run([*line, *more, "--json", str(folder / "out.json")], check=True)
             same = outcome(folder, save) == expected[case]
-            records.append({"case": case, "seconds": round(moment, 2), "snapshot": kept, "same": same})
-            print(f"kill {kill + 1}: {case} after {moment:.1f} s, resumed alike: {same}", flush=True)
+            records.append(
+                {"case": case, "seconds": round(moment, 2), "snapshot": kept, "same": same}
+            )
+            print(
+                f"kill {kill + 1}: {case} after {moment:.1f} s, resumed alike: {same}", flush=True
+            )
     print(f"{sum(r['same'] for r in records)} of {len(records)} ended bit for bit alike")
     write(Path("kill_resume.json"), {"limit": given.limit, "kills": records})
     sys.exit(not all(r["same"] for r in records))

@@ -1,8 +1,8 @@
 """A stream of 1,000,000 tokens: are memory and latency flat?
 
-Streams the bundled model over Python's own source, again and again, under sinks + window; notes cache
-bytes and process memory on the way; then takes 500 single steps from the state at token 10,000 and
-500 from the state at the end, in turn, and compares the medians. Writes
+Streams the bundled model over Python's own source, again and again, under sinks + window; notes
+cache bytes and process memory on the way; then takes 500 single steps from the state at token
+10,000 and 500 from the state at the end, in turn, and compares the medians. Writes
 benchmarks/results/million.json and million.png.
 """
 
