@@ -84,6 +84,44 @@ def test_sinks_and_window_equal_a_fresh_forward(family) -> None:
             torch.testing.assert_close(got[0, i], fresh, **close())
 
 
+LENGTHS = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 12,
+        "factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("policy", [KeepAll(), Window(15), SinkWindow(3, 13)], ids=str)
+@torch.inference_mode()
+def test_angles_that_depend_on_length_are_those_of_a_fresh_forward(kind, policy) -> None:
+    trained = 12 if kind == "dynamic" else 32
+    changes = {"rope_parameters": LENGTHS[kind], "max_position_embeddings": trained}
+    model = tiny("llama", num_hidden_layers=1, **changes)
+    ids, sinks = random_ids(26), getattr(policy, "sinks", 0)
+    window = getattr(policy, "window", 26)
+    got = [through_cache(model, ids, policy, cuts) for cuts in ((26,), (1,) * 26, (5, 21))]
+    for i in range(26):
+        held = [j for j in range(i + 1) if j < sinks or j > i - window]
+        # A model of its own: transformers' angles depend on what a model was shown before.
+        fresh = tiny("llama", num_hidden_layers=1, **changes)
+        expected = fresh(input_ids=ids[:, held], use_cache=False).logits[0, -1]
+        for logits in got:
+            torch.testing.assert_close(logits[0, i], expected, **close())
+
+
 @torch.inference_mode()
 def test_generate_equals_transformers_own_cache(model) -> None:
     ids = random_ids(9)

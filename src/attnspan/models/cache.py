@@ -328,13 +328,17 @@ class Cache(TransformersCache):
                 raise ValueError(
                     f"the state was saved with {name} {theirs!r}; this cache has {value!r}"
                 )
+        names = ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held")
+        missing = [name for name in (*names, "layers") if name not in meta]
+        if missing or len(meta["layers"]) != len(self.caches):
+            raise ValueError(f"the state is not whole: {missing or 'some layers'} missing")
         self._clear()
         self._check_budget(sum(map(len, meta["rows"])) or 1)
         for i, (cache, counts) in enumerate(zip(self.caches, meta["layers"], strict=True)):
             prefix = f"{i}."
             named = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
             cache.restore(named, counts, self.dtype, next(self.model.parameters()).device)
-        for name in ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held"):
+        for name in names:
             setattr(self, name, meta[name])
 
 
