@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, random_ids, tiny
+from tiny import COMMON, FAMILIES, random_ids, tiny
 from torch import Tensor
 
 from attnspan.models import Cache, attach
@@ -139,6 +139,37 @@ def test_nothing_is_left_behind(model) -> None:
     after = dict(model.__dict__), dict(model.model.__dict__) if hasattr(model, "model") else {}
     assert [list(x) for x in after] == [list(x) for x in before]
     assert model.config._attn_implementation == "eager"
+
+
+MORE = {
+    "Cohere": {},
+    "Ernie4_5": {},
+    "Exaone4": {},
+    "Gemma": {},
+    "Gemma2": {},
+    "Glm": {},
+    "Glm4": {},
+    "Mixtral": {},
+    "Nemotron": {},
+    "Olmo3": {},
+    "Phi": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "SeedOss": {},
+    "StableLm": {},
+    "Starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+@torch.inference_mode()
+def test_more_families_keep_what_the_untouched_model_gives(name) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**COMMON, **MORE[name])
+    more, ids = getattr(transformers, f"{name}ForCausalLM")(config).eval(), random_ids(30)
+    expected = more(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(
+        through_cache(more, ids, KeepAll(), (11, 1, 18)), expected, **close()
+    )
 
 
 REFUSED = {
