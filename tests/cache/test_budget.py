@@ -31,7 +31,9 @@ SPECS = (
 def peak_bytes(path, work) -> int:
     """The most that torch had allocated at once while `work` ran, beyond what stood before."""
     work()  # what torch itself keeps after a first run is not the cache's
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         work()
     profiler.export_chrome_trace(str(path))
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
