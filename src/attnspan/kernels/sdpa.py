@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,12 +56,13 @@ def sdpa(
     if isinstance(seen, Tensor):
         mask = seen
     elif n and m:
-        cover = seen.cover(range(q_offset, q_offset + n), range(m))
-        if cover == "empty":
+        first = np.array([q_offset])
+        some, all_ = seen.spans(first, first + n - 1, m)
+        if not some.sizes:
             k, v = k[:, :, :0], v[:, :, :0]
         elif isinstance(seen, Causal) and q_offset == 0:
             causal = True
-        elif cover == "partial":
+        elif all_.sizes < m:
             # Positions in 32 bits halve the time that the mask takes.
             small = abs(q_offset) + n + m < 2**31
             dtype = torch.int32 if small else torch.int64

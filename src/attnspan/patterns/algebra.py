@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from functools import cached_property
+from typing import Any, final
 
-Cover = Literal["full", "partial", "empty"]
-"""Whether a rectangle of pairs is seen by all, by some, or by none of its pairs."""
+import numpy as np
+from numpy.typing import NDArray
+
+from attnspan.patterns.runs import Runs, complement, intersection, union
+
+Positions = NDArray[np.int64]
 
 
 class Pattern(ABC):
     """Which (query position, key position) pairs see each other.
 
-    A frozen value: comparable, hashable, and printed as the expression that makes it. `a & b` sees
-    what both see, `a | b` what either sees, `~a` exactly the pairs that `a` does not, those in the
-    future of a causal `a` included (`Causal() & ~a` leaves them out).
+    A frozen value: comparable, hashable, and printed as the expression that makes it, which
+    `attnspan.patterns.parse` reads. `a & b` sees what both see, `a | b` what either sees, `~a`
+    exactly the pairs that `a` does not, those in the future of a causal `a` included
+    (`Causal() & ~a` leaves them out).
+
+    A named pattern says what it is once, in `rule`, in terms of the atoms; which pairs it sees, how
+    many they are and every kernel's tiles follow from that.
 
     >>> from attnspan.patterns import Causal, Sinks, SlidingWindow
     >>> streaming = SlidingWindow(3) | Sinks(1)
@@ -28,20 +37,30 @@ class Pattern(ABC):
     """
 
     @abstractmethod
+    def rule(self) -> Pattern:
+        """The same pattern as an expression of atoms, `&`, `|` and `~` alone."""
+
+    @cached_property
+    def _rule(self) -> Pattern:
+        return self.rule()
+
     def sees(self, i: Any, j: Any) -> Any:
         """Whether the query at position `i` sees the key at position `j`.
 
         `i` and `j` are whole numbers, or integer arrays of numpy or torch that broadcast; the
         answer is a bool, or a bool array of the broadcast shape.
         """
+        return self._rule.sees(i, j)
 
-    @abstractmethod
-    def cover(self, queries: range, keys: range) -> Cover:
-        """What the pairs of two non-empty ranges of step 1 have in common, in O(1).
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        """Bounds of what each row, the queries at `first <= i <= last`, sees of the keys 0..m-1.
 
-        "full": all of them see each other. "empty": none do. "partial": anything else; for a
-        combination it may also mean that its parts don't tell.
+        Returns:
+            Two sets of keys: no query of the row sees a key outside the one, and every query sees
+            every key of the other. Where `first == last` they are equal, and exact, but for rules
+            with a stride.
         """
+        return self._rule.spans(first, last, m)
 
     @abstractmethod
     def __str__(self) -> str:
@@ -68,14 +87,16 @@ class And(Pattern):
     left: Pattern
     right: Pattern
 
+    def rule(self) -> Pattern:
+        return And(self.left.rule(), self.right.rule())
+
     def sees(self, i: Any, j: Any) -> Any:
         return self.left.sees(i, j) & self.right.sees(i, j)
 
-    def cover(self, queries: range, keys: range) -> Cover:
-        parts = {self.left.cover(queries, keys), self.right.cover(queries, keys)}
-        if "empty" in parts:
-            return "empty"
-        return "full" if parts == {"full"} else "partial"
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        pairs = zip(self.left.spans(first, last, m), self.right.spans(first, last, m), strict=True)
+        some, all_ = (intersection(a, b, m) for a, b in pairs)
+        return some, all_
 
     def __str__(self) -> str:
         left = f"({self.left})" if isinstance(self.left, Or) else str(self.left)
@@ -91,14 +112,16 @@ class Or(Pattern):
     left: Pattern
     right: Pattern
 
+    def rule(self) -> Pattern:
+        return Or(self.left.rule(), self.right.rule())
+
     def sees(self, i: Any, j: Any) -> Any:
         return self.left.sees(i, j) | self.right.sees(i, j)
 
-    def cover(self, queries: range, keys: range) -> Cover:
-        parts = {self.left.cover(queries, keys), self.right.cover(queries, keys)}
-        if "full" in parts:
-            return "full"
-        return "empty" if parts == {"empty"} else "partial"
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        pairs = zip(self.left.spans(first, last, m), self.right.spans(first, last, m), strict=True)
+        some, all_ = (union(a, b) for a, b in pairs)
+        return some, all_
 
     def __str__(self) -> str:
         right = f"({self.right})" if isinstance(self.right, Or) else str(self.right)
@@ -112,13 +135,16 @@ class Not(Pattern):
 
     pattern: Pattern
 
+    def rule(self) -> Pattern:
+        return Not(self.pattern.rule())
+
     def sees(self, i: Any, j: Any) -> Any:
         # `~` on a Python bool would give -1 or -2.
         return self.pattern.sees(i, j) ^ True
 
-    def cover(self, queries: range, keys: range) -> Cover:
-        opposite: dict[Cover, Cover] = {"full": "empty", "empty": "full", "partial": "partial"}
-        return opposite[self.pattern.cover(queries, keys)]
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        some, all_ = self.pattern.spans(first, last, m)
+        return complement(all_, m), complement(some, m)
 
     def __str__(self) -> str:
         inner = f"({self.pattern})" if isinstance(self.pattern, And | Or) else str(self.pattern)

@@ -1,0 +1,270 @@
+"""The atoms that every pattern is made of.
+
+Each atom is closed under `thin(step, key)`: of its pairs, those whose query and key positions both
+leave the remainder `key` by `step`, with positions counted along that residue class. So a pattern
+with a stride is computed class by class, and each class is an ordinary dense problem.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Any, final
+
+import numpy as np
+
+from attnspan.patterns.algebra import Pattern, Positions
+from attnspan.patterns.runs import Runs, one_run, where
+
+
+class Atom(Pattern):
+    """A pattern with a rule of its own."""
+
+    def rule(self) -> Pattern:
+        return self
+
+    @abstractmethod
+    def sees(self, i: Any, j: Any) -> Any: ...
+
+    @abstractmethod
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]: ...
+
+    @abstractmethod
+    def thin(self, step: int, residue: int) -> Pattern:
+        """The atom along the positions `residue + step * t`, in terms of `t`."""
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Distance(Atom):
+    """`least <= i - j < end`; None is no bound."""
+
+    least: int | None = None
+    end: int | None = None
+
+    def sees(self, i: Any, j: Any) -> Any:
+        distance = i - j
+        if self.least is None and self.end is None:
+            return distance == distance
+        if self.least is None:
+            return distance < self.end
+        if self.end is None:
+            return distance >= self.least
+        return (distance >= self.least) & (distance < self.end)
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        low, high = np.zeros_like(first), np.full_like(first, m)
+        some_start, all_start = (
+            (low, low) if self.end is None else (first - self.end + 1, last - self.end + 1)
+        )
+        some_stop, all_stop = (
+            (high, high) if self.least is None else (last - self.least + 1, first - self.least + 1)
+        )
+        return one_run(some_start, some_stop, m), one_run(all_start, all_stop, m)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        least, end = (None if x is None else -(-x // step) for x in (self.least, self.end))
+        return Distance(least, end)
+
+    def __str__(self) -> str:
+        return f"Distance({self.least}, {self.end})"
+
+
+ALL = Distance()
+NONE = Distance(0, 0)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Stride(Atom):
+    """`(i - j) % step == 0`."""
+
+    step: int
+
+    def sees(self, i: Any, j: Any) -> Any:
+        return (i - j) % self.step == 0
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        everything = np.ones(first.shape, bool)
+        return where(everything, m), where(everything & (self.step == 1), m)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        rest = self.step // gcd(step, self.step)
+        return ALL if rest == 1 else Stride(rest)
+
+    def __str__(self) -> str:
+        return f"Stride({self.step})"
+
+
+class _Ranges:
+    """Which positions lie in some sorted disjoint ranges."""
+
+    def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
+        self.ranges = ranges
+        flat = np.array(ranges, np.int64).reshape(-1, 2)
+        self.starts, self.stops = flat[:, 0], flat[:, 1]
+
+    def index(self, x: Positions) -> Positions:
+        """The last range that starts at or before each position; -1 before the first."""
+        return np.searchsorted(self.starts, x, side="right") - 1
+
+    def hold(self, x: Any) -> Any:
+        if len(self.ranges) > 4:
+            return _looked_up(x, lambda places: self._hold_array(places).astype(np.int64)) != 0
+        held = x != x
+        for start, stop in self.ranges:
+            held = held | ((x >= start) & (x < stop))
+        return held
+
+    def _hold_array(self, x: Positions) -> np.ndarray:
+        index = self.index(x)
+        return (index >= 0) & (x < np.append(self.stops, 0)[index])
+
+    def thin(self, step: int, residue: int) -> tuple[tuple[int, int], ...]:
+        thinned = [tuple(-(-(x - residue) // step) for x in each) for each in self.ranges]
+        return tuple((max(0, a), b) for a, b in thinned if b > max(0, a))
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Keys(Atom):
+    """`j` lies in one of `ranges`: sorted, disjoint pairs (start, stop)."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def _ranges(self) -> _Ranges:
+        return _Ranges(self.ranges)
+
+    def sees(self, i: Any, j: Any) -> Any:
+        return self._ranges.hold(j) & (i == i)
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        if not self.ranges:
+            return NONE.spans(first, last, m)
+        starts, stops = (
+            np.clip(x, 0, m)[:, None].repeat(len(first), 1)
+            for x in (self._ranges.starts, self._ranges.stops)
+        )
+        return Runs(starts, stops), Runs(starts, stops)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        return Keys(self._ranges.thin(step, residue))
+
+    def __str__(self) -> str:
+        return f"Keys({self.ranges})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Queries(Atom):
+    """`i` lies in one of `ranges`: sorted, disjoint pairs (start, stop)."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def _ranges(self) -> _Ranges:
+        return _Ranges(self.ranges)
+
+    def sees(self, i: Any, j: Any) -> Any:
+        return self._ranges.hold(i) & (j == j)
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        if not self.ranges:
+            return NONE.spans(first, last, m)
+        stops = self._ranges.stops
+        before_last, before_first = self._ranges.index(last), self._ranges.index(first)
+        some = (before_last >= 0) & (stops[before_last] > first)
+        all_ = (before_first >= 0) & (stops[before_first] > last)
+        return where(some, m), where(all_, m)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        return Queries(self._ranges.thin(step, residue))
+
+    def __str__(self) -> str:
+        return f"Queries({self.ranges})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Segments(Atom):
+    """`i` and `j` lie in the same segment; `bounds` are the segments' edges, first to last.
+
+    A position outside all segments sees none and is seen by none.
+    """
+
+    bounds: tuple[int, ...]
+
+    @cached_property
+    def _bounds(self) -> Positions:
+        return np.array(self.bounds, np.int64)
+
+    def _index(self, x: Positions) -> Positions:
+        return np.searchsorted(self._bounds, x, side="right") - 1
+
+    def sees(self, i: Any, j: Any) -> Any:
+        mine, theirs = (_looked_up(x, self._index) for x in (i, j))
+        return (mine == theirs) & (mine >= 0) & (mine < len(self.bounds) - 1)
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        bounds, segments = self._bounds, len(self.bounds) - 1
+        mine, theirs = self._index(first), self._index(last)
+        some = one_run(
+            bounds[np.clip(mine, 0, segments)], bounds[np.clip(theirs + 1, 0, segments)], m
+        )
+        same = (mine == theirs) & (mine >= 0) & (mine < segments)
+        inside = np.where(same, mine, 0)
+        return some, one_run(bounds[inside], bounds[inside + same], m)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        return Segments(tuple(max(0, -(-(b - residue) // step)) for b in self.bounds))
+
+    def __str__(self) -> str:
+        return f"Segments({self.bounds})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Blocks(Atom):
+    """The block of `i` is that of `j`, or up to `back` blocks later.
+
+    The block of position p is `(p * scale + shift) // size`.
+    """
+
+    size: int
+    back: int = 0
+    scale: int = 1
+    shift: int = 0
+
+    def _block(self, x: Any) -> Any:
+        return (x * self.scale + self.shift) // self.size
+
+    def _start(self, block: Positions) -> Positions:
+        return -(-(block * self.size - self.shift) // self.scale)
+
+    def sees(self, i: Any, j: Any) -> Any:
+        mine, theirs = self._block(i), self._block(j)
+        return (theirs <= mine) & (theirs >= mine - self.back)
+
+    def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
+        mine, theirs = self._block(first), self._block(last)
+        some = one_run(self._start(mine - self.back), self._start(theirs + 1), m)
+        return some, one_run(self._start(theirs - self.back), self._start(mine + 1), m)
+
+    def thin(self, step: int, residue: int) -> Pattern:
+        scale = self.scale * step
+        return Blocks(self.size, self.back, scale, self.shift + self.scale * residue)
+
+    def __str__(self) -> str:
+        return f"Blocks({self.size}, {self.back}, {self.scale}, {self.shift})"
+
+
+def _looked_up(x: Any, f: Any) -> Any:
+    """`f`, which takes and gives integer arrays of numpy, of a number, an array or a tensor."""
+    if isinstance(x, int):
+        return f(np.asarray(x)).item()
+    if isinstance(x, np.ndarray | np.integer):
+        return f(x)
+    return x.new_tensor(f(x.numpy(force=True)))
