@@ -8,6 +8,7 @@ with a stride is computed class by class, and each class is an ordinary dense pr
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -15,7 +16,7 @@ from typing import Any, final
 
 import numpy as np
 
-from attnspan.patterns.algebra import Pattern, Positions
+from attnspan.patterns.algebra import And, Not, Or, Pattern, Positions
 from attnspan.patterns.runs import Runs, one_run, where
 
 
@@ -259,6 +260,18 @@ class Blocks(Atom):
 
     def __str__(self) -> str:
         return f"Blocks({self.size}, {self.back}, {self.scale}, {self.shift})"
+
+
+def atoms(rule: Pattern) -> Iterator[Atom]:
+    """The atoms of an expression."""
+    match rule:
+        case And(left, right) | Or(left, right):
+            yield from atoms(left)
+            yield from atoms(right)
+        case Not(inner):
+            yield from atoms(inner)
+        case Atom():
+            yield rule
 
 
 def _looked_up(x: Any, f: Any) -> Any:

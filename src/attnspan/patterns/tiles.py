@@ -33,6 +33,7 @@ from attnspan.patterns.atoms import (
     Queries,
     Segments,
     Stride,
+    atoms,
 )
 
 _ROWS = 1024  # at a time: what stands in between stays small
@@ -232,7 +233,7 @@ def _tiles(rule: Pattern, n: int, m: int, offset: int, tile: int) -> Tiles:
 
 def _classes(rule: Pattern, step: int, n: int, m: int, offset: int, tile: int) -> Iterator[Job]:
     """The jobs of a pass: the residue classes that hold a query."""
-    if all(isinstance(atom, Distance | Stride) for atom in _atoms(rule)):
+    if all(isinstance(atom, Distance | Stride) for atom in atoms(rule)):
         # Classes differ in nothing but their lengths, which change at these residues alone.
         edges = sorted({0, offset % step, (offset + n) % step, m % step, step})
     else:
@@ -251,19 +252,8 @@ def _classes(rule: Pattern, step: int, n: int, m: int, offset: int, tile: int) -
 # Rules as expressions ---------------------------------------------------------------------------
 
 
-def _atoms(rule: Pattern) -> Iterator[Atom]:
-    match rule:
-        case And(left, right) | Or(left, right):
-            yield from _atoms(left)
-            yield from _atoms(right)
-        case Not(inner):
-            yield from _atoms(inner)
-        case Atom():
-            yield rule
-
-
 def _strides(rule: Pattern) -> set[int]:
-    return {atom.step for atom in _atoms(rule) if isinstance(atom, Stride)}
+    return {atom.step for atom in atoms(rule) if isinstance(atom, Stride)}
 
 
 def _map(rule: Pattern, change: Callable[[Atom], Pattern]) -> Pattern:
