@@ -21,8 +21,8 @@ from torch import Tensor
 from attnspan.patterns.atoms import Stride, atoms
 from attnspan.patterns.tiles import Pass, Tiles
 
-# Measured on two cores for windows of 512 and 1024: smaller tiles slow the fused kernel down, larger
-# ones compute more that no query sees.
+# Measured on two cores for windows of 512 and 1024: smaller tiles slow the fused kernel down, and
+# larger ones compute more that no query sees.
 TILE = 192
 _CHUNK = 16  # rows of tiles at a time, so that their results are merged while they are in cache
 _NARROW = 8  # tiles of keys that one masked call takes
