@@ -9,15 +9,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from attnspan import ops
+from attnspan.kernels import cpu
 from attnspan.kernels import sdpa as fused
 from attnspan.kernels.joint import joint
-from attnspan.kernels.merge import merge
+from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.reference import reference
 from attnspan.kernels.view import KVView
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import Causal
 
-IMPLS = ("auto", "reference", "sdpa")
+IMPLS = ("auto", "reference", "cpu", "sdpa")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,11 +111,16 @@ def attention(
     _check_tensors(q, k, v, sink_logits)
     _check_options(pattern, scale, softcap, q_offset, impl)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    sinks = sink_logits
     match _choose(q, k, v, softcap, impl).impl:
+        case "cpu" as name:
+            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, name)
         case "sdpa":
             out, lse = fused.sdpa(
-                q, k, v, pattern, q_offset=offset, scale=scale, sink_logits=sink_logits
+                q, k, v, pattern, q_offset=offset, scale=factor, sink_logits=sinks
             )
+            sinks = None
         case _:
             out, lse = reference(
                 q,
@@ -121,11 +128,82 @@ def attention(
                 v,
                 pattern,
                 q_offset=offset,
-                scale=scale,
+                scale=factor,
                 softcap=softcap,
-                sink_logits=sink_logits,
+                sink_logits=sinks,
             )
+            sinks = None
+    if sinks is not None:
+        out, lse = with_sink(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def received(
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern = Causal(),
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    q_offset: int | None = None,
+) -> Tensor:
+    """The attention that each key receives: the score by which H2O keeps heavy hitters.
+
+    Exact, in memory linear in n and m, without gradients (https://arxiv.org/abs/2306.14048).
+
+    Args:
+        q: as in `attention`, with k, pattern, scale, softcap, sink_logits and q_offset.
+        k: see q.
+        pattern: see q.
+        lse: `(batch, Hq, n)`, from `attention(..., return_lse=True)`; None computes it here.
+        scale: see q.
+        softcap: see q.
+        sink_logits: see q; without use where `lse` is given, which holds them.
+        q_offset: see q.
+
+    Returns:
+        `(batch, Hkv, m)`, float32 (float64 for float64 input): the softmax's weights, summed over
+        the queries and over the query heads of a KV head.
+
+    Raises:
+        ValueError: as in `attention`; or an `lse` of another shape.
+
+    >>> q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
+    >>> received(q, k)[0, 0]
+    tensor([1.8333, 0.8333, 0.3333])
+    """
+    _check_tensors(q, k, k, sink_logits)
+    _check_options(pattern, scale, softcap, q_offset, "auto")
+    if lse is None:
+        _, lse = attention(
+            q,
+            k,
+            k,
+            pattern,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            q_offset=q_offset,
+            return_lse=True,
+        )
+    elif not isinstance(lse, Tensor) or lse.shape != q.shape[:3] or lse.device != q.device:
+        got = tuple(lse.shape) if isinstance(lse, Tensor) else repr(lse)
+        raise ValueError(
+            f"received: lse is {got}; None or a tensor of shape {tuple(q.shape[:3])} on {q.device} "
+            "is allowed"
+        )
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    passes = ops.passes(str(pattern), q.shape[2], k.shape[2], offset, cpu.TILE)
+    return cpu.received(q, k, lse, passes, factor, softcap)
+
+
+@torch.compiler.assume_constant_result
+def _text(pattern: Pattern) -> str:
+    return str(pattern)
 
 
 def explain(
@@ -144,7 +222,7 @@ def explain(
 
     >>> x = torch.zeros(1, 1, 2, 4)
     >>> print(explain(x, x, x, softcap=30.0))
-    reference: sdpa can't: it has no logit soft cap
+    reference: cpu can't: it has no logit soft cap
     """
     _check_tensors(q, k, v, sink_logits)
     _check_options(pattern, scale, softcap, q_offset, impl)
@@ -152,14 +230,28 @@ def explain(
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, impl: str) -> Explanation:
-    lack = fused.lacks(q, k, v, softcap)
-    if impl == "auto":
+    if impl == "reference":
+        return Explanation(impl, ("it was asked for",))
+    if impl != "auto":
+        lack = _lacks(impl, q, k, v, softcap)
+        if lack is not None:
+            raise ValueError(f"attention: impl {impl!r} can't do this: {lack}; 'reference' can")
+        return Explanation(impl, ("it was asked for",))
+    reasons = []
+    for name in ("cpu",) if q.device.type == "cpu" else ("sdpa",):
+        lack = _lacks(name, q, k, v, softcap)
         if lack is None:
-            return Explanation("sdpa", ("it is the faster of those that can do this",))
-        return Explanation("reference", (f"sdpa can't: {lack}",))
-    if impl == "sdpa" and lack is not None:
-        raise ValueError(f"attention: impl 'sdpa' can't do this: {lack}; 'reference' can")
-    return Explanation(impl, ("it was asked for",))
+            return Explanation(name, (*reasons, "it is the fastest of those that can do this"))
+        reasons.append(f"{name} can't: {lack}")
+    return Explanation("reference", tuple(reasons))
+
+
+def _lacks(impl: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str | None:
+    match impl:
+        case "cpu":
+            return cpu.lacks(q, k, v, softcap)
+        case _:
+            return fused.lacks(q, k, v, softcap)
 
 
 def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:

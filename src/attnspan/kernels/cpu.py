@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnspan.patterns.atoms import Stride, atoms
 from attnspan.patterns.tiles import Pass, Tiles
@@ -26,6 +27,7 @@ from attnspan.patterns.tiles import Pass, Tiles
 TILE = 192
 _CHUNK = 16  # rows of tiles at a time, so that their results are merged while they are in cache
 _NARROW = 8  # tiles of keys that one masked call takes
+_FEW = 16  # queries up to which a KV head's query heads are packed
 
 
 def lacks(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str | None:
@@ -76,7 +78,7 @@ class _Call:
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as the fused kernel takes it."""
-        if self.mask is None or self.causal:
+        if self.mask is None:
             return None
         bias = torch.where(torch.from_numpy(self.mask), 0.0, -torch.inf).to(dtype)
         return bias.expand(1, 1, *bias.shape)
@@ -114,6 +116,7 @@ def forward(
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -122,7 +125,12 @@ def backward(
     passes: tuple[Pass, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, float32 or float64, from the whole attention's `out` and `lse`."""
+    """Gradients of q, k and v, float32 or float64, from the whole attention's `out` and `lse`.
+
+    `grad_lse` is None where the log-sum-exp has no gradient.
+    """
+    if grad_lse is not None and grad_lse.any():
+        return _backward_of_both(grad_out, grad_lse, q, k, v, out, lse, passes, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [torch.zeros(x.shape, dtype=wide) for x in (q, k, v)]
     if not q.numel() or not k.numel():
@@ -143,13 +151,80 @@ def backward(
             some_lse[..., 0],
             0.0,
             call.causal,
-            attn_mask=call.bias(some_q.dtype),
+            attn_mask=None if call.causal else call.bias(some_q.dtype),
             scale=scale,
         )
         into_q += found[0]
         for into, grad in ((into_k, found[1]), (into_v, found[2])):
             _add(into, grad, call)
     return grads[0], grads[1], grads[2]
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    passes: tuple[Pass, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The attention that each key receives, summed over queries and a KV head's query heads.
+
+    Args:
+        q: `(batch, Hq, n, head_dim)`.
+        k: `(batch, Hkv, m, head_dim)`.
+        lse: `(batch, Hq, n)`, the whole attention's.
+        passes: as in `forward`.
+        scale: factor of the scores.
+        softcap: as in `attnspan.attention`.
+
+    Returns:
+        `(batch, Hkv, m)`, float32, or float64 for float64.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    total = k.new_zeros(k.shape[:3], dtype=wide)
+    if not q.numel() or not k.numel():
+        return total
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)[..., None]
+    for views, call in _calls(passes, (q, lse), (k, total[..., None])):
+        bias = call.bias(wide)
+        bias = None if bias is None else bias[0, 0].to(q.device)
+        for some_q, some_lse, some_k, into in zip(*views, strict=True):
+            groups = (some_k.shape[0], -1)
+            for start in range(0, call.width, _NARROW * TILE):
+                columns = slice(start, start + _NARROW * TILE)
+                keys = some_k[:, columns].to(wide)
+                scores = scale * some_q.to(wide).unflatten(0, groups) @ keys.mT[:, None]
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores -= some_lse.unflatten(0, groups)
+                if bias is not None:
+                    scores += bias[:, columns]
+                into[:, columns, 0] += scores.exp_().sum((1, 2))
+    return total
+
+
+def _backward_of_both(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    passes: tuple[Pass, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward where the log-sum-exp has a gradient too.
+
+    With P = exp(score - lse), the gradient of a score is P * (dout . v - dout . out + dlse). One
+    more channel, of ones in v, dlse in dout and zeros in out, q and k, adds the last term.
+    """
+    head_dim = q.shape[-1]
+    q, k, v, out, grad_out = (F.pad(x, (0, 1)) for x in (q, k, v, out, grad_out))
+    v[..., head_dim], grad_out[..., head_dim] = 1, grad_lse
+    grads = backward(grad_out, None, q, k, v, out, lse, passes, scale)
+    return grads[0][..., :head_dim], grads[1][..., :head_dim], grads[2][..., :head_dim]
 
 
 def _add(into: Tensor, grad: Tensor, call: _Call) -> None:
@@ -165,9 +240,18 @@ def _add(into: Tensor, grad: Tensor, call: _Call) -> None:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, call: _Call, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, call.causal, attn_mask=call.bias(q.dtype), scale=scale
-    )
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    groups = q.shape[1] // k.shape[1]
+    if call.size <= _FEW and groups > 1:
+        # The query heads of a KV head stand as its queries, so that K and V are read once for them.
+        bias = call.bias(q.dtype)
+        bias = None if bias is None else bias.repeat(1, 1, groups, 1)
+        packed = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+        out, lse = flash(packed, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    else:
+        bias = None if call.causal else call.bias(q.dtype)
+        out, lse = flash(q, k, v, 0.0, call.causal, attn_mask=bias, scale=scale)
     if call.mask is not None:
         blind = torch.from_numpy(~call.mask.any(1))
         if blind.any():

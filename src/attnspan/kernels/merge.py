@@ -61,3 +61,24 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         merged = merged + (weight / total)[..., None] * seen
     lse = torch.where(dead, -torch.inf, top + torch.log(total))
     return merged.to(outs[0].dtype), lse
+
+
+def with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes in one more key per head whose score is learned and whose value is zero.
+
+    Args:
+        out: `(batch, heads, n, value_dim)`.
+        lse: its log-sum-exp `(batch, heads, n)`.
+        sink_logits: `(heads,)`.
+
+    Differentiable in all arguments; a query that saw no key keeps zeros, and gets the sink logit.
+    """
+    sink = sink_logits.to(lse.dtype)[:, None]
+    top = torch.maximum(lse, sink).detach()
+    top = torch.where(top == -torch.inf, 0, top)
+    rest = torch.exp(lse - top)
+    total = rest + torch.exp(sink - top)
+    dead = total == 0
+    total = torch.where(dead, 1, total)
+    share = (rest / total)[..., None]
+    return (out * share).to(out.dtype), torch.where(dead, -torch.inf, top + torch.log(total))

@@ -1,0 +1,106 @@
+"""The custom operator behind the CPU kernels: what autograd, torch.compile and vmap see of them.
+
+It takes its pattern as text, since an operator's arguments are tensors, numbers and strings.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspan.kernels import cpu
+from attnspan.patterns.text import parse
+from attnspan.patterns.tiles import Pass, plan
+
+
+@lru_cache(maxsize=16)
+def passes(pattern: str, n: int, m: int, q_offset: int, tile: int) -> tuple[Pass, ...]:
+    """The plan of a pattern, made once for equal questions."""
+    return plan(parse(pattern), n, m, q_offset, tile)
+
+
+@torch.library.custom_op("attnspan::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: str, q_offset: int, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, Hq, n, value_dim)` and its log-sum-exp; arguments as in `attnspan.attention`."""
+    plan = passes(pattern, q.shape[2], k.shape[2], q_offset, cpu.TILE)
+    return cpu.forward(q, k, v, plan, scale)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, pattern: str, q_offset: int, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("attnspan::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
+    plan = passes(pattern, q.shape[2], k.shape[2], q_offset, cpu.TILE)
+    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+    grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
+    return grad_q, grad_k, grad_v
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
+    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return *grads, *(None for _ in ctx.options)
+
+
+attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _folded(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> list[Any]:
+    """Arguments with the mapped axis of their tensors folded into the batch."""
+    folded = []
+    for x, axis in zip(arguments, in_dims, strict=True):
+        if isinstance(x, Tensor):
+            x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            x = x.flatten(0, 1)
+        folded.append(x)
+    return folded
+
+
+def _mapped(operator: Any) -> Any:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = operator(*_folded(info, in_dims, *arguments))
+        axes = (0,) * len(results)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), axes
+
+    return rule
+
+
+attention.register_vmap(_mapped(attention))
+attention_backward.register_vmap(_mapped(attention_backward))
