@@ -22,24 +22,37 @@ from attnspan.models.anatomy import (
 )
 from attnspan.models.cache import Cache
 from attnspan.models.interface import Interface
+from attnspan.models.patterned import Patterns, patterned
 from attnspan.policies import KeepAll
 
 
 @contextmanager
-def attach(model: nn.Module) -> Iterator[nn.Module]:
-    """For the block's length, `model` takes an `attnspan.Cache` as `past_key_values`.
+def attach(model: nn.Module, pattern: Patterns | None = None) -> Iterator[nn.Module]:
+    """For the block's length, `model` attends through attnspan; afterwards it is as before.
 
-    Calls without such a cache run as ever. The model is checked first: its layers must be explained
-    by a probe, and a few tokens through a cache must give the logits of the untouched model.
+    Without a pattern it takes an `attnspan.Cache` as `past_key_values`, in eval mode; calls without
+    such a cache run as ever. With a pattern its forward and backward, in training too, see what the
+    pattern says and nothing else, padding and other documents of the same row left out; call
+    `backward()` inside the block. Either way a few tokens must first come out as they do of the
+    untouched model.
 
     Args:
-        model: a decoder of Hugging Face transformers, in eval mode.
+        model: a decoder of Hugging Face transformers.
+        pattern: one for all layers, a list of one for each, or a mapping from the config's
+            `layer_types`, such as `{"sliding_attention": SlidingWindow(512), "full_attention":
+            Causal()}`. It replaces the masks that the model would have.
 
     Raises:
-        ValueError: where the model can't be done exactly; one sentence says why.
+        ValueError: where the model can't be done exactly, or the pattern doesn't fit its layers;
+            one sentence says why.
+        TypeError: where `pattern` is none of these.
     """
-    if "_attnspan" in model.__dict__:
+    if "_attnspan" in model.__dict__ or "_attnspan_pattern" in model.__dict__:
         raise ValueError("model is attached already; one `with attnspan.attach(model):` is allowed")
+    if pattern is not None:
+        with patterned(model, pattern):
+            yield model
+        return
     attachment = _Attachment(model)
     attachment.install()
     try:

@@ -23,17 +23,21 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 """`rotary(module, forward, x, position_ids, ...)` stands for a rotary embedding's forward."""
 
 _attend: ContextVar[Attend] = ContextVar("attnspan_attend")
+_mask: ContextVar[Any] = ContextVar("attnspan_mask", default=None)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        kwargs["mask"] = attention_mask
     out = _attend.get()(module, query, key, value, **kwargs)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The cache knows what each query sees, so no mask is built."""
+def _given_mask(*args: Any, **kwargs: Any) -> Any:
+    """A cache knows what each query sees, and needs no mask; with a pattern it is `Rows`."""
+    return _mask.get()
 
 
 class Interface:
@@ -41,21 +45,30 @@ class Interface:
 
     def __init__(self, model: nn.Module) -> None:
         AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _no_mask)
+        AttentionMaskInterface.register(NAME, _given_mask)
         modules = list(model.modules())
         configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
         self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
         self.embeddings = [m for m in modules if type(m).__name__.endswith("RotaryEmbedding")]
 
     @contextmanager
-    def diverted(self, attend: Attend, rotary: Rotary) -> Iterator[None]:
+    def masked(self, mask: Any) -> Iterator[None]:
+        """For the block's length, what the model builds as its masks is `mask`."""
+        token = _mask.set(mask)
+        try:
+            yield
+        finally:
+            _mask.reset(token)
+
+    @contextmanager
+    def diverted(self, attend: Attend, rotary: Rotary | None = None) -> Iterator[None]:
         """For the block's length, attention is `attend` and every rotary embedding is `rotary`."""
         before = [config._attn_implementation_internal for config in self.configs]
         token = _attend.set(attend)
         try:
             for config in self.configs:
                 config._attn_implementation_internal = NAME
-            for module in self.embeddings:
+            for module in self.embeddings if rotary else ():
                 module.__dict__["forward"] = partial(rotary, module, module.forward)
             yield
         finally:
