@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
-from tiny import random_ids, tiny, tiny_llama
+import transformers
+from tiny import COMMON, random_ids, tiny, tiny_llama
 
 from attnspan.cache import Dense, Int4, Int8
 from attnspan.models import Cache, attach
+from attnspan.patterns import SlidingWindow
 from attnspan.policies import KeepAll, SinkWindow, Window, parse
 
 SPECS = (
@@ -290,3 +292,247 @@ def test_without_a_cache_of_ours_nothing_changes(model) -> None:
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.loss, expected.loss)
         assert torch.equal(generated, model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("family", ["granite", "gpt_oss", "gemma2"])
+def test_undoing_runs_forward_again_with_the_layers_own_options(family) -> None:
+    # granite scales by its own factor, gpt_oss has learned sinks, gemma2 caps its logits: heavy
+    # hitters are found by the weights that come of that.
+    if family == "gemma2":
+        sizes = {**COMMON, "sliding_window": 12, "layer_types": ["full_attention"] * 4}
+        config = transformers.Gemma2Config(
+            **sizes, attn_logit_softcapping=0.5, query_pre_attn_scalar=8
+        )
+        torch.manual_seed(0)
+        model = transformers.Gemma2ForCausalLM(config).eval()
+    else:
+        model = tiny(family)
+    policy, ids = parse("heavy:4+window:5"), random_ids(40)
+    with attach(model):
+        cache, straight = Cache(model, policy, rollback=9), Cache(model, policy)
+        logits(model, cache, ids)
+        cache.crop(-1)
+        logits(model, straight, ids[:, :39])
+        for ours, theirs in zip(cache.caches, straight.caches, strict=True):
+            for name, x in ours.lanes[0].tensors().items():
+                torch.testing.assert_close(x, theirs.lanes[0].tensors()[name])
+
+
+def test_undone_columns_are_each_rows_own_tokens(model) -> None:
+    ids, other = random_ids(20, batch=2), random_ids(4, batch=2, seed=5)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 17:] = 0  # the last three columns brought row 1 nothing
+    with attach(model):
+        cache = Cache(model, SinkWindow(2, 9), rollback=5)
+        logits(model, cache, ids, attention_mask=mask)
+        cache.crop(-4)
+        assert sorted(cache.seen) == [16, 16]
+        got = logits(model, cache, other)
+        straight = Cache(model, SinkWindow(2, 9))
+        logits(model, straight, ids[:, :16])
+        torch.testing.assert_close(got, logits(model, straight, other), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_int4_holds_layers_that_do_not_rotate(family, spec) -> None:
+    model, ids = tiny(family), random_ids(120)
+    with attach(model):
+        got = [
+            torch.cat([logits(model, cache, part) for part in ids.split(cuts, dim=1)], 1)
+            for cuts in (120, 7)
+            for cache in [Cache(model, parse(spec), Int4(group=8))]
+        ]
+    assert (got[1] - got[0]).abs().median() < 1e-5
+
+
+def test_lengths_that_change_the_angles_count_among_the_sinks_too() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = tiny("llama", num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=12)
+    ids = random_ids(30)
+    with attach(model):
+        whole, steps = (Cache(model, SinkWindow(20, 5)) for _ in range(2))
+        expected = torch.cat([logits(model, steps, part) for part in ids.split(1, 1)], 1)
+        torch.testing.assert_close(logits(model, whole, ids), expected, atol=2e-5, rtol=0)
+
+
+def test_a_saved_journal_is_not_promised(model) -> None:
+    ids = random_ids(30)
+    with attach(model):
+        cache, fresh = (Cache(model, SinkWindow(2, 9), rollback=4) for _ in range(2))
+        logits(model, cache, ids)
+        fresh.load_state(*cache.state())
+        with pytest.raises(ValueError, match="0 tokens can be taken back"):
+            fresh.crop(-2)
+        logits(model, fresh, ids[:, :3])
+        fresh.crop(-2)
+        logits(model, cache, ids[:, :1])
+        torch.testing.assert_close(
+            logits(model, fresh, ids[:, 5:9]), logits(model, cache, ids[:, 5:9]), atol=2e-5, rtol=0
+        )
+
+
+def least_bytes(model, policy, storage) -> int:
+    """The smallest max_bytes, as its refusal names it."""
+    with pytest.raises(ValueError, match="needs at least") as caught:
+        Cache(model, policy, storage, max_bytes=1)
+    return int(str(caught.value).split("at least ")[1].split(" ")[0])
+
+
+def stream(model, cache, ids) -> None:
+    """Token by token at first, so that every count is met, then by the hundred."""
+    for part in (*ids[:, :500].split(1, 1), *ids[:, 500:].split(100, 1)):
+        logits(model, cache, part)
+
+
+def test_states_that_do_not_fit_change_nothing(model) -> None:
+    ids = random_ids(600)
+    with attach(model):
+        big = Cache(model, KeepAll())
+        logits(model, big, ids)
+        tensors, meta = big.state()
+        small = Cache(model, KeepAll(), max_bytes=least_bytes(model, KeepAll(), Dense()) + 50_000)
+        before = logits(model, small, ids[:, :5])
+        with pytest.raises(ValueError, match="more than max_bytes allows"):
+            small.load_state(tensors, meta)
+        fresh = Cache(model, KeepAll())
+        logits(model, fresh, ids[:, :5])
+        broken = {
+            "a layer less": {n: x for n, x in tensors.items() if not n.startswith("1.")},
+            "another dtype": {n: x.half() for n, x in tensors.items()},
+            "another shape": {n: x[..., :4] for n, x in tensors.items()},
+        }
+        for state in broken.values():
+            with pytest.raises(ValueError, match="tensors don't fit"):
+                fresh.load_state(state, meta)
+        for cache in (small, fresh):
+            assert cache.tokens_seen == 5
+            assert logits(model, cache, ids[:, 5:6]).isfinite().all()
+        assert before.isfinite().all()
+
+
+def test_growing_the_batch_stays_within_max_bytes(model) -> None:
+    ids = random_ids(100)
+    with attach(model):
+        cache = Cache(model, KeepAll(), max_bytes=4_000_000)
+        logits(model, cache, ids)
+        with pytest.raises(ValueError, match=r"max_bytes is 4000000; .* for a batch of 500"):
+            cache.batch_repeat_interleave(500)
+        assert cache.batch_size == 1
+        one = cache.caches[0].limit
+        cache.batch_repeat_interleave(3)
+        assert cache.caches[0].limit < one
+        assert all(lane.limit == cache.caches[0].limit for lane in cache.caches[0].lanes)
+        with pytest.raises(RuntimeError, match="all that max_bytes allows"):
+            stream(model, cache, random_ids(20_000, batch=3))
+        assert cache.peak_bytes <= 4_000_000
+
+
+def test_int4_under_a_budget_plans_its_warm_up(model) -> None:
+    ids = random_ids(500)
+    with attach(model):
+        least = least_bytes(model, KeepAll(), Int4(group=8))
+        cache = Cache(model, KeepAll(), Int4(group=8), max_bytes=least)
+        limit = cache.caches[0].limit
+        with pytest.raises(RuntimeError, match=f"full with {limit} tokens"):
+            stream(model, cache, ids)
+        assert cache.caches[0].limit == limit
+        assert cache.tokens_seen >= 68, "what learns the means must fit"
+
+
+def test_tables_go_with_their_forward(model) -> None:
+    ids = random_ids(900)
+    with attach(model):
+        cache = Cache(model, SinkWindow(2, 300), max_bytes=30_000_000)
+        logits(model, cache, ids)
+        assert cache.tables.nbytes == 0
+        with pytest.raises(ValueError, match="takes the cache's chunk of 64 or less"):
+            logits(model.model, Cache(model, Window(9), chunk=64), ids)
+
+
+class Hooked(torch.nn.Module):
+    """Stands for what other libraries do to a module: a forward on the instance."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.calls, forward = 0, module.forward
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return forward(*args, **kwargs)
+
+        module.forward = counted
+
+
+def test_forwards_that_others_put_on_instances_come_back() -> None:
+    model = tiny_llama()
+    hooks = [Hooked(m) for m in (model, model.model, model.model.rotary_emb)]
+    ids = random_ids(5)
+    own = [m.__dict__["forward"] for m in (model, model.model, model.model.rotary_emb)]
+    with attach(model):
+        logits(model, Cache(model, Window(4)), ids)
+    with attach(model, SlidingWindow(3)):
+        model(input_ids=ids)
+    assert own == [m.__dict__["forward"] for m in (model, model.model, model.model.rotary_emb)]
+    before = [hook.calls for hook in hooks]
+    model(input_ids=ids)
+    assert [hook.calls for hook in hooks] == [n + 1 for n in before]
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_masks_are_held_to_what_went_by(model, chunk) -> None:
+    ids = random_ids(9, batch=2)
+    wide = torch.ones(2, 14, dtype=torch.long)
+    left = torch.ones(2, 9, dtype=torch.long)
+    left[0, :6] = 0  # the padding ends within the second chunk
+    hole, rows = left.clone(), left[:1]
+    hole[1, 4] = 0  # at the first chunk's edge
+    changed = torch.cat((torch.ones(2, 9, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)), 1)
+    with attach(model):
+        cache = Cache(model, SinkWindow(2, 9), chunk=chunk)
+        for mask, message in (
+            (wide, r"attention_mask is \(2, 14\); .*\(2, 9\) is allowed"),
+            (rows, r"attention_mask is \(1, 9\)"),
+            (hole, "attention_mask has a hole in row 1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                logits(model, cache, ids, attention_mask=mask)
+            assert cache.tokens_seen == 0
+        logits(model, cache, ids, attention_mask=left)
+        with pytest.raises(ValueError, match="marks past columns otherwise"):
+            logits(model, cache, ids[:, :5], attention_mask=changed)
+        kept = torch.cat((left, changed[:, 9:]), 1)
+        assert logits(model, cache, ids[:, :5], attention_mask=kept).isfinite().all()
+
+
+def test_a_chunk_that_fails_leaves_no_half_stream(model) -> None:
+    ids = random_ids(12)
+    with attach(model):
+        cache = Cache(model, Window(5), chunk=4)
+        with pytest.raises(ValueError, match="position_ids"):
+            logits(model, cache, ids, position_ids=torch.arange(12)[None] + (torch.arange(12) > 8))
+        assert cache.tokens_seen == 0
+        bad = ids.clone()
+        bad[0, 9] = 10_000
+        with pytest.raises(IndexError):
+            logits(model, cache, bad)
+        with pytest.raises(RuntimeError, match="half-updated"):
+            logits(model, cache, ids)
+        cache.reset()
+        with pytest.raises(ValueError, match="logits_to_keep is a tensor with 12 tokens"):
+            logits(model, cache, ids, logits_to_keep=torch.tensor([3]))
+        other = tiny_llama(output_hidden_states=True)
+        with attach(other), pytest.raises(ValueError, match="output_hidden_states is given"):
+            logits(other, Cache(other, Window(5), chunk=4), ids)
+
+
+def test_a_decoder_without_a_head_attaches(model) -> None:
+    base, ids = tiny_llama().model, random_ids(11)
+    with torch.inference_mode():
+        expected = base(input_ids=ids).last_hidden_state
+        with attach(base):
+            cache = Cache(base, KeepAll(), chunk=4)
+            got = base(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+    with pytest.raises(TypeError, match="storage is 'int8'; Dense"):
+        Cache(model, Window(4), "int8")

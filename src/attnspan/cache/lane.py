@@ -227,8 +227,20 @@ class Lane(ABC):
         queries = 6 * m * spec.num_heads * spec.head_dim * wide
         whole = self.policy.needs_scores or spec.softcap or not on_cpu
         scores = 3 * (m * n if whole else min(m * n, 2 * FEW)) * spec.num_heads * 4
-        masks = m * n * (wide + 4)
-        return self.batch * (keys + queries + scores) + masks
+        making = m * n * 4  # what a mask is made of
+        return self.batch * (keys + queries + scores) + making
+
+    def table_bytes(self, chunk: int) -> int:
+        """The most that the masks and angles of one segment take."""
+        m = min(SEGMENT, chunk, self._segment_most())
+        n = self._slots_full() + self.policy.leading + m
+        wide = max(4, self.dtype.itemsize)
+        return m * n * wide + 2 * (2 * m + n) * self.spec.head_dim * wide
+
+    @property
+    def least_limit(self) -> int:
+        """The fewest slots that a limit may leave a policy without a bound."""
+        return self._freeze_at if self.storage.warmup else 1
 
     # Whole-lane operations --------------------------------------------------------------------
 
@@ -263,9 +275,46 @@ class Lane(ABC):
         fields = {f"fields.{n}": x for n, x in self.fields.items()}
         return fields | {f"extra.{n}": x for n, x in self.extra.items()}
 
+    def _check(self, tensors: Fields) -> None:
+        """Holds a state's tensors against those of this lane, which has just been made."""
+        expected = self.tensors()
+        if self._warm and self.seen >= self._freeze_at:
+            expected = {n: x for n, x in expected.items() if not n.startswith("fields.")}
+            expected["extra.mean"] = expected.pop("extra.key_sum").float()
+            for name, x in self._allocate(self.storage, 1).items():
+                expected[f"fields.{name}"] = x
+        sizes = {x.shape[2] for name, x in tensors.items() if name.startswith("fields.")}
+        slots = max(sizes, default=0)
+        most = self._slots_full() if self.slots_bound else None
+        if (
+            tensors.keys() != expected.keys()
+            or len(sizes) > 1
+            or (most is not None and slots > most)
+            or any(
+                x.dtype != tensors[name].dtype
+                or x.shape[:2] != tensors[name].shape[:2]
+                or x.shape[3:] != tensors[name].shape[3:]
+                or (name.startswith("extra.") and x.shape != tensors[name].shape)
+                for name, x in expected.items()
+            )
+        ):
+            raise ValueError(
+                "the state's tensors don't fit its counts, or hold more than max_bytes allows"
+            )
+
+    @property
+    def slots_bound(self) -> bool:
+        """Whether policy or limit bound the slots."""
+        return self.policy.capacity is not None or self.limit is not None
+
     def restore(self, counts: dict[str, Any], tensors: Fields) -> None:
-        """Takes over a state that `counts()` and `tensors()` gave."""
+        """Takes over a state that `counts()` and `tensors()` gave.
+
+        Raises:
+            ValueError: when the tensors are not what a lane of these counts holds.
+        """
         self.seen = counts["seen"]
+        self._check(tensors)
         for kind in ("fields", "extra"):
             prefix = f"{kind}."
             named = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from attnspan.cache.compact import CompactLane
 from attnspan.cache.lane import Call, Lane, LayerSpec
 from attnspan.cache.ring import RingLane
 from attnspan.cache.storage import Fields, Storage
+from attnspan.cache.tables import Tables
 from attnspan.policies.base import Policy
 
 
@@ -50,7 +51,7 @@ class LayerCache:
         self._set([self.lane(batch, dtype, device) for batch in batches])
 
     def lane(self, batch: int, dtype: torch.dtype, device: torch.device) -> Lane:
-        """An empty lane for `batch` rows."""
+        """An empty lane for `batch` rows, within this layer's limit."""
         kind = RingLane if self.policy.band is not None else CompactLane
         return kind(self.spec, self.policy, self.storage, batch, dtype, device, self.limit)
 
@@ -68,7 +69,7 @@ class LayerCache:
             return self._attend(spans[0].lane, q, k, v, call)
         out = q.new_zeros(q.shape)
         for span in spans:
-            rows = slice(None) if span.rows is None else span.rows
+            rows = slice(None) if span.rows is None else span.rows.to(q.device)
             columns = slice(span.start, span.stop)
             some_q, some_k, some_v = (x[rows][:, :, columns] for x in (q, k, v))
             out[rows, :, columns] = self._attend(span.lane, some_q, some_k, some_v, call)
@@ -79,13 +80,13 @@ class LayerCache:
         if not self.rollback:
             return lane.attend(q, k, v, call)
         if early <= 0:
-            self.journals[index].record(lane, q, k, v)
+            self.journals[index].record(lane, q, k, v, call)
             return lane.attend(q, k, v, call)
         # Only the last `rollback` tokens can be undone, so the journal starts anew before them.
         out = lane.attend(q[:, :, :early], k[:, :, :early], v[:, :, :early], call)
         q, k, v = (x[:, :, early:] for x in (q, k, v))
         self.journals[index] = Journal(self.rollback, lane)
-        self.journals[index].record(lane, q, k, v)
+        self.journals[index].record(lane, q, k, v, call)
         return torch.cat((out, lane.attend(q, k, v, call)), dim=2)
 
     def split(self, index: int, parts: list[Tensor]) -> None:
@@ -110,10 +111,17 @@ class LayerCache:
                 for (lane, index), new in zip(rows.items(), self.lanes, strict=True)
             ]
 
-    def undo(self, tokens: int, call: Call) -> None:
-        """Takes back the last `tokens` tokens of every row."""
-        for index, journal in enumerate(self.journals):
-            self.lanes[index] = journal.undo(self.lanes[index], tokens, call)
+    def undo(self, tokens: list[int], tables: Tables) -> None:
+        """Takes back the last tokens of each lane, so many of them."""
+        for index, count in enumerate(tokens if self.lanes else ()):
+            if count:
+                self.lanes[index] = self.journals[index].undo(self.lanes[index], count, tables)
+
+    def bound(self, limit: int | None) -> None:
+        """From now on, a policy without a bound may use `limit` slots."""
+        self.limit = limit
+        for lane in (*self.lanes, *(copy for journal in self.journals for copy in journal.copies)):
+            lane.limit = limit
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +155,15 @@ class LayerCache:
         self._set(lanes)
 
 
+@dataclass(frozen=True)
+class _Input:
+    """What one call brought to a lane that had seen `start` tokens."""
+
+    start: int
+    qkv: tuple[Tensor, Tensor, Tensor]
+    call: Call
+
+
 @dataclass
 class Journal:
     """What undoing up to `depth` tokens of a lane needs.
@@ -159,47 +176,49 @@ class Journal:
     depth: int
     lane: Lane
     copies: deque[Lane] = field(init=False)
-    inputs: deque[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=deque)
+    inputs: deque[_Input] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.copies = deque([self.lane.copy()])
 
-    def record(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def record(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         if lane.seen - self.copies[-1].seen >= self.depth:
             self.copies.append(lane.copy())
             if len(self.copies) > 2:
                 self.copies.popleft()
-            while self.inputs and self.inputs[0][0] < self.copies[0].seen:
+            while self.inputs and self.inputs[0].start < self.copies[0].seen:
                 self.inputs.popleft()
-        self.inputs.append((lane.seen, q.clone(), k.clone(), v.clone()))
+        # Without its tables, which belong to one forward.
+        call = replace(call, tables=Tables())
+        self.inputs.append(_Input(lane.seen, (q.clone(), k.clone(), v.clone()), call))
 
-    def undo(self, lane: Lane, tokens: int, call: Call) -> Lane:
+    def undo(self, lane: Lane, tokens: int, tables: Tables) -> Lane:
         to = lane.seen - tokens
         while self.copies[-1].seen > to:
             self.copies.pop()
         lane = self.copies[-1].copy()
-        kept: deque[tuple[int, Tensor, Tensor, Tensor]] = deque()
-        for start, *qkv in self.inputs:
-            size = min(to - start, qkv[0].shape[2])
+        kept: deque[_Input] = deque()
+        for entry in self.inputs:
+            size = min(to - entry.start, entry.qkv[0].shape[2])
             if size <= 0:
                 break
-            q, k, v = (x[:, :, :size] for x in qkv)
-            kept.append((start, q, k, v))
-            if start >= lane.seen:
-                lane.attend(q, k, v, call)
+            q, k, v = (x[:, :, :size] for x in entry.qkv)
+            kept.append(replace(entry, qkv=(q, k, v)))
+            if entry.start >= lane.seen:
+                lane.attend(q, k, v, replace(entry.call, tables=tables))
         self.inputs = kept
         return lane
 
     def select(self, rows: Tensor, lane: Lane) -> Journal:
         journal = Journal(self.depth, lane)
         journal.copies = deque(copy.select(rows) for copy in self.copies)
-        journal.inputs = deque(
-            (start, q.index_select(0, rows), k.index_select(0, rows), v.index_select(0, rows))
-            for start, q, k, v in self.inputs
-        )
+        for entry in self.inputs:
+            index = rows.to(entry.qkv[0].device)
+            q, k, v = (x.index_select(0, index) for x in entry.qkv)
+            journal.inputs.append(replace(entry, qkv=(q, k, v)))
         return journal
 
     @property
     def nbytes(self) -> int:
-        inputs = sum(x.nbytes for _, *qkv in self.inputs for x in qkv)
+        inputs = sum(x.nbytes for entry in self.inputs for x in entry.qkv)
         return inputs + sum(copy.nbytes for copy in self.copies)

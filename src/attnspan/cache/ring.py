@@ -74,7 +74,8 @@ class RingLane(Lane):
         assert band is not None, "policies without a closed form have lanes of their own"
         self.span = Span(band.sinks, band.window, self.policy.block)
         self.slots = None if capacity is None else capacity - band.sinks
-        self.late = self.spec.depends_on_length or self.storage.warmup > 0
+        turns = self.spec.rope is not None
+        self.late = turns and (self.spec.depends_on_length or self.storage.warmup > 0)
         self.front = band.sinks if isinstance(self.storage, Dense) else 0
         super().__post_init__()
 
@@ -103,13 +104,12 @@ class RingLane(Lane):
         return self.front + (self.slots or self.limit or 1)
 
     def _cut(self, start: int) -> int:
-        if start < self.span.sinks:
-            return self.span.sinks
+        end = self.span.sinks if start < self.span.sinks else start + SEGMENT
         if not self.spec.depends_on_length:
-            return start + SEGMENT
+            return end
         regime = self._regime(start)
         stop = start + 1
-        while stop - start < SEGMENT and self._regime(stop) == regime:
+        while stop < end and self._regime(stop) == regime:
             stop += 1
         return stop
 
@@ -307,7 +307,7 @@ class RingLane(Lane):
         held = next(iter(self.fields.values())).shape[2]
         if slots <= held:
             return
-        if self.limit is not None and slots > self.limit and not self._warm:
+        if self.limit is not None and slots > self.limit:
             raise RuntimeError(
                 f"policy keep-all: the cache is full with {held} tokens, all that max_bytes "
                 "allows; a policy with a window streams on"

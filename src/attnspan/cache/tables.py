@@ -11,10 +11,18 @@ from attnspan.positions import Rope
 
 
 class Tables:
-    """What the layers of one forward would compute alike, computed once; emptied before each."""
+    """What the layers of one forward would compute alike, computed once; emptied after each.
 
-    def __init__(self) -> None:
+    Beyond `limit` bytes the oldest go, to be computed again if they are wanted again.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self._held: dict[Hashable, tuple[Tensor, ...]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for made in self._held.values() for x in made)
 
     def clear(self) -> None:
         self._held.clear()
@@ -37,5 +45,10 @@ class Tables:
 
     def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if key not in self._held:
-            self._held[key] = make()
+            made = make()
+            if self.limit is not None:
+                room = self.limit - sum(x.nbytes for x in made)
+                while self._held and self.nbytes > room:
+                    self._held.pop(next(iter(self._held)))
+            self._held[key] = made
         return self._held[key]

@@ -1,6 +1,7 @@
 """One softmax over all parts of a view, with the scores in memory: for few queries, and for H2O.
 
-The arithmetic is that of the definition, in float32 for 16-bit input. The attention that each key
+The arithmetic is that of the definition, in float32 for 16-bit input, rounded once at the end. The
+attention that each key
 received comes out as a by-product, so heavy hitters cost no second pass.
 """
 
@@ -34,7 +35,7 @@ def joint(
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = []
     for part in view.parts:
-        x = torch.matmul(part.query.reshape(packed), part.key.transpose(-1, -2)).to(wide) * scale
+        x = torch.matmul(part.query.to(wide).reshape(packed), part.key.to(wide).mT) * scale
         if softcap is not None:
             x = softcap * torch.tanh(x / softcap)
         if part.mask is not None:
@@ -50,8 +51,8 @@ def joint(
         weight = weights.narrow(-1, start, n)
         if return_scores:
             scores.append(weight.sum(2, dtype=torch.float32))
-        term = torch.matmul(weight.to(part.value.dtype), part.value)
+        term = torch.matmul(weight, part.value.to(wide))
         out = term if out is None else out + term
         start += n
     assert out is not None, "a view has at least one part"
-    return out.view(batch, heads, m, head_dim), scores if return_scores else None
+    return out.view(batch, heads, m, head_dim).to(query.dtype), scores if return_scores else None

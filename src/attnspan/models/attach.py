@@ -21,7 +21,7 @@ from attnspan.models.anatomy import (
     refuse_unknown,
 )
 from attnspan.models.cache import Cache
-from attnspan.models.interface import Interface
+from attnspan.models.interface import Interface, restore_forward
 from attnspan.models.patterned import Patterns, patterned
 from attnspan.policies import KeepAll
 
@@ -71,17 +71,18 @@ class _Attachment:
         self.unrotated = Unrotated(self.anatomy.angles, self.interface)
         self.rotated = Rotated(self.anatomy.angles, self.interface)
         self.turned = False  # whether the forward under way rotates q and k itself
-        self.forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self.before: dict[nn.Module, Callable[..., Any] | None] = {}  # forwards of their own
         self.cache: Cache | None = None
 
     def install(self) -> None:
         self.model.__dict__["_attnspan"] = self
-        for module, wrapper in ((self.base, self._one_forward), (self.model, self._in_chunks)):
-            self._wrap(module, wrapper)
+        if self.base is not self.model:
+            self._wrap(self.base, self._base_forward)
+        self._wrap(self.model, self._in_chunks)
 
     def remove(self) -> None:
-        for module in (self.model, self.base):
-            module.__dict__.pop("forward", None)
+        for module, forward in self.before.items():
+            restore_forward(module, forward)
         self.model.__dict__.pop("_attnspan", None)
 
     def _wrap(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
@@ -96,6 +97,7 @@ class _Attachment:
                 return forward(**kwargs)
             return wrapper(forward, kwargs)
 
+        self.before[module] = module.__dict__.get("forward")
         module.__dict__["forward"] = call
 
     def check(self) -> None:
@@ -127,13 +129,8 @@ class _Attachment:
         whole = kwargs.get(name)
         if whole is None or whole.shape[1] <= cache.chunk:
             return self._one(forward, kwargs)
-        for wanted in ("labels", "output_hidden_states", "output_attentions"):
-            if kwargs.get(wanted) is not None and kwargs.get(wanted) is not False:
-                raise ValueError(
-                    f"{wanted} is given with {whole.shape[1]} tokens, which go through in chunks "
-                    f"of {cache.chunk}; a chunk's length or less is allowed"
-                )
-        length = whole.shape[1]
+        batch, length = whole.shape[:2]
+        self._check_whole(cache, kwargs, batch, length)
         keep = kwargs.get("logits_to_keep") or 0
         outputs, results = [], None
         for start in range(0, length, cache.chunk):
@@ -148,9 +145,12 @@ class _Attachment:
                     )
             mask = kwargs.get("attention_mask")
             if mask is not None:
-                _check_mask(mask)
-                part["attention_mask"] = mask[:, : mask.shape[1] - length + stop]
-            results = self._one(forward, part)
+                part["attention_mask"] = mask[:, mask.shape[1] - length :][:, start:stop]
+            try:
+                results = self._one(forward, part)
+            except BaseException:
+                cache.broken = cache.broken or start > 0  # earlier chunks are in already
+                raise
             if not (isinstance(keep, int) and keep and stop <= length - keep):
                 outputs.append(_first(results))
         joined = torch.cat(outputs, dim=1)
@@ -161,6 +161,36 @@ class _Attachment:
         assert results is not None
         results[next(iter(results))] = joined
         return results
+
+    def _check_whole(self, cache: Cache, kwargs: dict[str, Any], batch: int, length: int) -> None:
+        """What would fail, or come out wrong, in a later chunk is refused before the first."""
+        for wanted in ("labels", "output_hidden_states", "output_attentions"):
+            default = None if wanted == "labels" else getattr(self.model.config, wanted, None)
+            value = kwargs.get(wanted)
+            value = default if value is None else value
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"{wanted} is given with {length} tokens, which go through in chunks of "
+                    f"{cache.chunk}; a chunk's length or less is allowed"
+                )
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                f"logits_to_keep is a tensor with {length} tokens, which go through in chunks of "
+                f"{cache.chunk}; a whole number is allowed"
+            )
+        new = cache.new_tokens(batch, length, kwargs.get("attention_mask"))
+        self._check_positions(kwargs.get("position_ids"), cache, new, batch, length)
+
+    def _base_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        cache: Cache = kwargs["past_key_values"]
+        name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+        width = kwargs[name].shape[1]
+        if width > cache.chunk:
+            raise ValueError(
+                f"{name} has {width} tokens; the decoder by itself takes the cache's chunk of "
+                f"{cache.chunk} or less (the whole model takes any number)"
+            )
+        return self._one_forward(forward, kwargs)
 
     def _one(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         if self.model is self.base:
@@ -177,13 +207,10 @@ class _Attachment:
         whole = (
             kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         )
-        mask = kwargs.pop("attention_mask", None)
-        if mask is not None:
-            _check_mask(mask)
-        seen = list(zip(cache.rows, cache.seen, strict=True))
         batch, width = whole.shape[:2]
-        self._check_positions(kwargs.pop("position_ids", None), seen, mask, batch, width)
-        cache.begin(batch, width, mask)
+        new = cache.new_tokens(batch, width, kwargs.pop("attention_mask", None))
+        self._check_positions(kwargs.pop("position_ids", None), cache, new, batch, width)
+        cache.begin(batch, width, new)
         failed = True
         self.cache, self.turned = cache, cache.in_step
         self.rotated.start = cache.columns - width
@@ -200,24 +227,31 @@ class _Attachment:
     def _check_positions(
         self,
         positions: Tensor | None,
-        seen: list[tuple[list[int], int]],
-        mask: Tensor | None,
+        cache: Cache,
+        new: Tensor | None,
         batch: int,
         width: int,
     ) -> None:
         """A cache counts positions itself, so those given must be what it counts."""
         if positions is None:
             return
+        if (
+            positions.dim() != 2
+            or positions.shape[0] not in (1, batch)
+            or (positions.shape[1] != width)
+        ):
+            raise ValueError(
+                f"position_ids has the shape {tuple(positions.shape)}; {(batch, width)} is allowed"
+            )
         start = torch.zeros(batch, 1, dtype=torch.long)
-        for rows, count in seen:
+        for rows, count in zip(cache.rows, cache.seen, strict=True):
             start[rows] = count
-        start = start.to(positions.device)
-        if mask is None:
-            agrees = positions == start + torch.arange(width, device=positions.device)
+        given = positions.cpu()
+        if new is None:
+            agrees = given == start + torch.arange(width)
         else:
-            new = mask[:, -width:].to(positions.device).long()
-            agrees = (positions == start + new.cumsum(1) - 1) | (new == 0)
-        if not bool(agrees.all()):
+            agrees = (given == start + new.long().cumsum(1) - 1) | ~new
+        if not agrees.all():
             raise ValueError(
                 "position_ids don't count on from the tokens that the cache has seen, padding left "
                 "out; leave them out, or give those"
@@ -255,15 +289,6 @@ class _Attachment:
             softcap=softcap,
             sink_logits=s_aux,
             rotated=self.turned,
-        )
-
-
-def _check_mask(mask: Any) -> None:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape}; with an attnspan.Cache (batch, tokens) is allowed, "
-            "which marks padding"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from attnspan.cache.lane import Lane
+from attnspan.cache.layer import LayerCache
 from attnspan.models.anatomy import Layer
 from attnspan.policies import KeepAll, PerLayer, Policy, Window
 
@@ -60,14 +63,28 @@ def planned_bytes(cache: Cache, batch: int, limit: int | None) -> int:
     """
     held = staged = 0
     for layer in cache.caches:
-        lane = layer.lane(batch, cache.dtype, torch.device("meta"))
-        lane.limit = limit
-        allocated, staging = lane.planned_bytes(), lane.staging_bytes(cache.chunk, cache.on_cpu)
+        lane = _lane(cache, layer, batch, limit)
+        allocated, staging = (
+            lane.planned_bytes(),
+            lane.staging_bytes(cache.chunk, cache.device.type == "cpu"),
+        )
         inputs = 2 * cache.rollback * batch * (layer.spec.num_heads + 2 * layer.spec.num_kv_heads)
         journal = 3 * allocated + 2 * inputs * layer.spec.head_dim * cache.dtype.itemsize
         held += allocated + (journal if cache.rollback else 0)
         staged = max(staged, staging)
-    return held + staged
+    return held + staged + planned_tables(cache, limit)
+
+
+def planned_tables(cache: Cache, limit: int | None) -> int:
+    """The bytes that tables may take: what one layer needs at once."""
+    lanes = [_lane(cache, layer, 1, limit) for layer in cache.caches]
+    return max(lane.table_bytes(cache.chunk) for lane in lanes)
+
+
+def _lane(cache: Cache, layer: LayerCache, batch: int, limit: int | None) -> Lane:
+    return replace(layer, limit=limit, lanes=[], journals=[]).lane(
+        batch, cache.dtype, torch.device("meta")
+    )
 
 
 def held_limit(cache: Cache, batch: int) -> int | None:
@@ -78,7 +95,8 @@ def held_limit(cache: Cache, batch: int) -> int | None:
     """
     assert cache.max_bytes is not None
     bounded = all(policy.capacity is not None for policy in cache.policies)
-    least = planned_bytes(cache, batch, None if bounded else 1)
+    floor = max(_lane(cache, layer, batch, 1).least_limit for layer in cache.caches)
+    least = planned_bytes(cache, batch, None if bounded else floor)
     if least > cache.max_bytes:
         raise ValueError(
             f"max_bytes is {cache.max_bytes}; policy {cache.policy} in {cache.storage} needs at "
@@ -86,7 +104,7 @@ def held_limit(cache: Cache, batch: int) -> int | None:
         )
     if bounded:
         return None
-    low, high = 1, 2
+    low, high = floor, 2 * floor
     while planned_bytes(cache, batch, high) <= cache.max_bytes:
         low, high = high, 2 * high
     while high - low > 1:

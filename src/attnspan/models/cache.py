@@ -17,7 +17,7 @@ from attnspan.cache.layer import LayerCache, Span
 from attnspan.cache.storage import Dense, Storage
 from attnspan.cache.tables import Tables
 from attnspan.models.anatomy import Anatomy, anatomy_of
-from attnspan.models.budget import held_limit, resolve
+from attnspan.models.budget import held_limit, planned_tables, resolve
 from attnspan.policies import PerLayer, Policy
 
 
@@ -64,6 +64,8 @@ class Cache(TransformersCache):
             raise TypeError(
                 f"policy is {policy!r}; a policy such as SinkWindow(4, 1020) is allowed"
             )
+        if not isinstance(storage, Storage | None):
+            raise TypeError(f"storage is {storage!r}; Dense(), Int8() or Int4() is allowed")
         self.model = model
         self.anatomy: Anatomy = anatomy_of(model)
         self.policy = policy
@@ -78,18 +80,23 @@ class Cache(TransformersCache):
         super().__init__(layers=[_Layer(self, i) for i in range(len(self.policies))])
 
     def _clear(self) -> None:
-        self.caches = [
-            LayerCache(layer.spec, policy, self.storage, None, self.rollback)
-            for layer, policy in zip(self.anatomy.layers, self.policies, strict=True)
-        ]
+        self.caches = self._empty()
         self.rows: list[list[int]] = []  # the batch rows of each lane
         self.seen: list[int] = []  # the tokens that each lane has seen
+        # The columns of each lane's tokens, as runs (start, stop): padding is what lies between.
+        self.runs: list[list[tuple[int, int]]] = []
         self.columns = 0  # padding included, which is what transformers counts
         self.spans: list[Span] | None = None
         self.undoable = 0
         self.peak_bytes = 0
         self.peak_tokens_held = 0
         self.broken = False
+
+    def _empty(self, limit: int | None = None) -> list[LayerCache]:
+        return [
+            LayerCache(layer.spec, policy, self.storage, limit, self.rollback)
+            for layer, policy in zip(self.anatomy.layers, self.policies, strict=True)
+        ]
 
     # What users ask ---------------------------------------------------------------------------
 
@@ -116,18 +123,49 @@ class Cache(TransformersCache):
 
     # One forward, called by the attachment ------------------------------------------------------
 
-    def begin(self, batch: int, width: int, mask: Tensor | None) -> None:
-        """Plans a forward over `width` new columns; `mask` marks those that are tokens.
+    def new_tokens(self, batch: int, width: int, mask: Any) -> Tensor | None:
+        """Which of `width` new columns are tokens, bool `(batch, width)` on the CPU; None: all.
+
+        Raises:
+            ValueError: when `mask` is no mask of the new columns, or of all columns, that leaves
+                tokens together and past columns as they were.
+        """
+        if self.rows and batch != self.batch_size:
+            raise ValueError(f"the batch has {batch} rows; the cache holds {self.batch_size}")
+        if mask is None:
+            return None
+        shapes = {(batch, width), (batch, self.columns + width)}
+        if not isinstance(mask, Tensor) or tuple(mask.shape) not in shapes:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is {got}; with an attnspan.Cache "
+                f"{' or '.join(map(str, sorted(shapes)))} is allowed, which marks padding"
+            )
+        marks = mask.cpu().bool()  # the one copy to the host
+        past, new = marks[:, :-width], marks[:, -width:]
+        if past.shape[1]:
+            held = torch.zeros_like(past)
+            for rows, runs in zip(self.rows, self.runs, strict=True):
+                for start, stop in runs:
+                    held[rows, start:stop] = True
+            if not torch.equal(past, held):
+                raise ValueError(
+                    "attention_mask marks past columns otherwise than when they went by; what a "
+                    "cache has taken in stays"
+                )
+        _edges(batch, width, new)
+        return new
+
+    def begin(self, batch: int, width: int, new: Tensor | None) -> None:
+        """Plans a forward over `width` new columns; `new`, of `new_tokens`, marks the tokens.
 
         Nothing of the cache changes if this raises.
         """
         if self.broken:
             raise RuntimeError("the cache was left half-updated by a failed forward: call reset()")
-        if self.rows and batch != self.batch_size:
-            raise ValueError(f"the batch has {batch} rows; the cache holds {self.batch_size}")
         if not self.rows:
             self._check_budget(batch)
-        edges = _edges(batch, width, mask)
+        edges = _edges(batch, width, new)
         rows = self.rows or [list(range(batch))]
         self._split(rows, edges)
         self.spans = []
@@ -135,17 +173,19 @@ class Cache(TransformersCache):
             start, stop = edges[members[0]]
             everyone = len(members) == batch
             if stop > start:
-                index = None if everyone else torch.tensor(members)
+                index = None if everyone else torch.tensor(members, device=self.device)
                 self.spans.append(Span(lane, index, start, stop))
                 self.seen[lane] += stop - start
+                self.runs[lane] = _joined(
+                    self.runs[lane], (self.columns + start, self.columns + stop)
+                )
         self.columns += width
         self.undoable = min(self.rollback, self.undoable + width)
-        self.tables.clear()
 
     def _split(self, rows: list[list[int]], edges: list[tuple[int, int]]) -> None:
         """Lanes are split where their rows no longer go in step."""
-        seen = self.seen or [0]
-        self.rows, self.seen = [], []
+        seen, runs = self.seen or [0], self.runs or [[]]
+        self.rows, self.seen, self.runs = [], [], []
         for lane, members in enumerate(rows):
             groups: dict[tuple[int, int], list[int]] = {}
             for row in members:
@@ -157,11 +197,12 @@ class Cache(TransformersCache):
                         cache.split(len(self.rows), places)
             self.rows += groups.values()
             self.seen += [seen[lane]] * len(groups)
+            self.runs += [list(runs[lane]) for _ in groups]
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether the model's first parameter, and so the cache's first layer, is on a CPU."""
-        return next(self.model.parameters()).device.type == "cpu"
+    def device(self) -> torch.device:
+        """That of the model's first parameter, and so of the cache's first layer."""
+        return next(self.model.parameters()).device
 
     @cached_property
     def _by_place(self) -> bool:
@@ -192,6 +233,7 @@ class Cache(TransformersCache):
     def end(self, failed: bool) -> None:
         """Closes a forward."""
         self.spans, self.broken = None, failed
+        self.tables.clear()
         if min(self.seen) <= self._steady_from:
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
             self.peak_tokens_held = max(
@@ -209,8 +251,9 @@ class Cache(TransformersCache):
         if self.max_bytes is None:
             return
         limit = held_limit(self, batch)
+        self.tables.limit = planned_tables(self, limit)
         for cache in self.caches:
-            cache.limit = limit
+            cache.bound(limit)
 
     # What transformers calls --------------------------------------------------------------------
 
@@ -243,7 +286,7 @@ class Cache(TransformersCache):
         self._check_budget(batch=1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens, at most `rollback` of them.
+        """Takes back the last `-tokens_to_remove` columns, padding included, at most `rollback`.
 
         Raises:
             ValueError: when that many can't be taken back.
@@ -256,16 +299,19 @@ class Cache(TransformersCache):
         tokens = -tokens_to_remove
         if tokens == 0:
             return
-        if tokens > min(self.undoable, min(self.seen, default=0)):
+        if tokens > self.undoable:
             raise ValueError(
                 f"tokens_to_remove is {tokens_to_remove}; with rollback={self.rollback}, "
                 f"{self.undoable} tokens can be taken back now"
             )
-        self.tables.clear()
+        left = self.columns - tokens
+        runs = [[(a, min(b, left)) for a, b in lane if a < left] for lane in self.runs]
+        seen = [sum(b - a for a, b in lane) for lane in runs]
+        undone = [before - after for before, after in zip(self.seen, seen, strict=True)]
         for cache in self.caches:
-            cache.undo(tokens, Call(self.tables))
-        self.seen = [seen - tokens for seen in self.seen]
-        self.columns -= tokens
+            cache.undo(undone, self.tables)
+        self.tables.clear()
+        self.runs, self.seen, self.columns = runs, seen, left
         self.undoable -= tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -281,6 +327,8 @@ class Cache(TransformersCache):
         """Row `i` becomes what row `indices[i]` was."""
         if not self.rows:
             return
+        indices = indices.cpu()
+        self._check_growth(len(indices))
         lane_of = {row: (lane, at) for lane, m in enumerate(self.rows) for at, row in enumerate(m)}
         chosen: dict[int, list[tuple[int, int]]] = {}
         for new, old in enumerate(indices.tolist()):
@@ -290,6 +338,22 @@ class Cache(TransformersCache):
             cache.select({lane: torch.tensor([at for _, at in c]) for lane, c in chosen.items()})
         self.rows = [[new for new, _ in c] for c in chosen.values()]
         self.seen = [self.seen[lane] for lane in chosen]
+        self.runs = [list(self.runs[lane]) for lane in chosen]
+        self._check_budget(len(indices))
+
+    def _check_growth(self, batch: int) -> None:
+        """Raises ValueError where the new rows, or old and new side by side, pass the budget."""
+        if self.max_bytes is None:
+            return
+        limit = held_limit(self, batch)
+        slots = max((lane.tokens_held for c in self.caches for lane in c.lanes), default=0)
+        needed = self.nbytes * (self.batch_size + batch) // self.batch_size
+        if needed > self.max_bytes or (limit is not None and slots > limit):
+            raise ValueError(
+                f"a batch of {batch} doesn't fit max_bytes, {self.max_bytes}: {slots} tokens are "
+                f"held in {self.nbytes} bytes for {self.batch_size}, and both stand side by side "
+                "while rows are copied"
+            )
 
     # Snapshots ------------------------------------------------------------------------------------
 
@@ -311,15 +375,16 @@ class Cache(TransformersCache):
             named, counts = cache.state()
             tensors |= {f"{i}.{name}": x for name, x in named.items()}
             layers.append(counts)
-        names = ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held")
+        names = ("rows", "seen", "runs", "columns", "peak_bytes", "peak_tokens_held")
         meta = {name: getattr(self, name) for name in names}
         return tensors, {**meta, "layers": layers, "fingerprint": self.fingerprint()}
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Takes over what `state` gave.
+        """Takes over what `state` gave; tokens from before can't be taken back by `crop`.
 
         Raises:
-            ValueError: when the state is of another model, policy or storage.
+            ValueError: when the state is of another model, policy or storage, isn't whole, or
+                doesn't fit `max_bytes`. The cache is then as it was.
         """
         ours = self.fingerprint()
         for name, value in ours.items():
@@ -328,18 +393,24 @@ class Cache(TransformersCache):
                 raise ValueError(
                     f"the state was saved with {name} {theirs!r}; this cache has {value!r}"
                 )
-        names = ("rows", "seen", "columns", "undoable", "peak_bytes", "peak_tokens_held")
+        names = ("rows", "seen", "runs", "columns", "peak_bytes", "peak_tokens_held")
         missing = [name for name in (*names, "layers") if name not in meta]
         if missing or len(meta["layers"]) != len(self.caches):
             raise ValueError(f"the state is not whole: {missing or 'some layers'} missing")
-        self._clear()
-        self._check_budget(sum(map(len, meta["rows"])) or 1)
-        for i, (cache, counts) in enumerate(zip(self.caches, meta["layers"], strict=True)):
+        limit = None
+        if self.max_bytes is not None:
+            limit = held_limit(self, sum(map(len, meta["rows"])) or 1)
+        restored = self._empty(limit)
+        for i, (cache, counts) in enumerate(zip(restored, meta["layers"], strict=True)):
             prefix = f"{i}."
             named = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-            cache.restore(named, counts, self.dtype, next(self.model.parameters()).device)
+            cache.restore(named, counts, self.dtype, self.device)
+        self._clear()
+        self.caches = restored
         for name in names:
             setattr(self, name, meta[name])
+        self.runs = [[(a, b) for a, b in lane] for lane in self.runs]
+        self._check_budget(self.batch_size if self.rows else 1)
 
 
 class _Layer(CacheLayerMixin):
@@ -382,11 +453,16 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _edges(batch: int, width: int, mask: Tensor | None) -> list[tuple[int, int]]:
+def _joined(runs: list[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int, int]]:
+    if runs and runs[-1][1] == new[0]:
+        return [*runs[:-1], (runs[-1][0], new[1])]
+    return [*runs, new]
+
+
+def _edges(batch: int, width: int, new: Tensor | None) -> list[tuple[int, int]]:
     """Each row's first token and the column after its last, of the new columns."""
-    if mask is None:
+    if new is None:
         return [(0, width)] * batch
-    new = mask[:, -width:].bool()
     counts, firsts = new.sum(1).tolist(), new.int().argmax(1).tolist()
     edges = [(first, first + count) for first, count in zip(firsts, counts, strict=True)]
     for row, (start, stop) in enumerate(edges):

@@ -40,6 +40,14 @@ def _given_mask(*args: Any, **kwargs: Any) -> Any:
     return _mask.get()
 
 
+def restore_forward(module: nn.Module, forward: Any) -> None:
+    """Puts an instance's own forward back, or takes ours away where it had none."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
 class Interface:
     """The configs and rotary embeddings of one model, found once, diverted for single forwards."""
 
@@ -62,18 +70,21 @@ class Interface:
 
     @contextmanager
     def diverted(self, attend: Attend, rotary: Rotary | None = None) -> Iterator[None]:
-        """For the block's length, attention is `attend` and every rotary embedding is `rotary`."""
+        """For the block's length, attention is `attend`, and each rotary embedding `rotary`."""
         before = [config._attn_implementation_internal for config in self.configs]
+        # Another library may have put a forward of its own on an instance already.
+        embeddings = [(m, m.__dict__.get("forward")) for m in self.embeddings]
         token = _attend.set(attend)
         try:
             for config in self.configs:
                 config._attn_implementation_internal = NAME
-            for module in self.embeddings if rotary else ():
-                module.__dict__["forward"] = partial(rotary, module, module.forward)
+            if rotary is not None:
+                for module in self.embeddings:
+                    module.__dict__["forward"] = partial(rotary, module, module.forward)
             yield
         finally:
-            for module in self.embeddings:
-                module.__dict__.pop("forward", None)
+            for module, forward in embeddings:
+                restore_forward(module, forward)
             for config, name in zip(self.configs, before, strict=True):
                 config._attn_implementation_internal = name
             _attend.reset(token)

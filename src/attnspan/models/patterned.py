@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attnspan.dispatch import attention
 from attnspan.models.anatomy import Refused, device_of, refuse_unknown, text_config
-from attnspan.models.interface import Interface
+from attnspan.models.interface import Interface, restore_forward
 from attnspan.patterns import Causal, Pattern, SlidingWindow
 
 Patterns = Pattern | Sequence[Pattern] | Mapping[str, Pattern]
@@ -160,10 +160,7 @@ def _running(
         try:
             yield calls
         finally:
-            if before is None:
-                base.__dict__.pop("forward", None)
-            else:
-                base.__dict__["forward"] = before
+            restore_forward(base, before)
 
 
 def _by_document(
@@ -185,8 +182,8 @@ def _by_document(
         if start > done:  # padding
             pieces.append(q.new_zeros((*q.shape[:2], start - done, v.shape[3])))
         if stop > start:
-            part = (x[:, :, start:stop] for x in (q, k, v))
-            pieces.append(attention(*part, pattern, **options))
+            some_q, some_k, some_v = (x[:, :, start:stop] for x in (q, k, v))
+            pieces.append(attention(some_q, some_k, some_v, pattern, **options))
         done = stop
     return torch.cat(pieces, 2)
 
