@@ -1,0 +1,310 @@
+"""The C++ kernels: built with this machine's compiler at their first use, called through ctypes.
+
+The library is a plain C one, kept in the user's cache folder under a name that holds a digest of
+all it was built from. Its threads are those of the OpenMP runtime that torch has loaded, so
+`torch.set_num_threads` rules both and they never compete.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnspan.patterns.tiles import Pass
+
+TILE = 64
+_SOURCES = ("native.cpp",)
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    # Neither changes a result: errno isn't read, and no signal waits for a trapping division.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MOST_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Build:
+    """The loaded library, or why there is none.
+
+    Attributes:
+        library: None where it couldn't be built.
+        lack: half a sentence that says why; None where it could.
+        compiler: the compiler's own first line about itself.
+        vectors: the widest vectors that it uses.
+        path: where the library lies.
+    """
+
+    library: Any
+    lack: str | None = None
+    compiler: str = ""
+    vectors: str = ""
+    path: str = ""
+
+
+@lru_cache(maxsize=1)
+def build() -> Build:
+    """Builds and loads the library once; what stands in the way is told, not raised."""
+    if os.environ.get("ATTNSPAN_NATIVE") == "0":
+        return Build(None, "ATTNSPAN_NATIVE=0 switches it off")
+    compiler = os.environ.get("CXX") or next(
+        (name for name in ("c++", "g++", "clang++") if shutil.which(name)), None
+    )
+    if compiler is None or not shutil.which(compiler):
+        return Build(None, f"there is no C++ compiler ({compiler or 'c++, g++ or clang++'})")
+    try:
+        about = _run(compiler, "--version").splitlines()[0]
+        path = _built(compiler, about)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError, _Failed) as error:
+        return Build(None, f"it couldn't be built: {error}")
+    library.attnspan_vectors.restype = ctypes.c_char_p
+    for name in ("forward", "backward", "received"):
+        function = getattr(library, f"attnspan_{name}")
+        function.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_double)
+        function.restype = None
+    return Build(library, None, about, library.attnspan_vectors().decode(), str(path))
+
+
+class _Failed(RuntimeError):
+    """What a compiler said."""
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        told = (done.stderr or done.stdout).splitlines()
+        first = next((line for line in told if "error" in line), told[0] if told else "no message")
+        raise _Failed(first.strip())
+    return done.stdout or done.stderr
+
+
+def _built(compiler: str, about: str, extra: tuple[str, ...] = ()) -> Path:
+    sources = [Path(__file__).with_name(name) for name in _SOURCES]
+    digest = hashlib.sha256()
+    runtime = _openmp()
+    for part in (about, *_FLAGS, *extra, runtime, torch.__version__, _processor()):
+        digest.update(f"{part}\0".encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = _folder() / f"native-{digest.hexdigest()[:24]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = []
+        for source in sources:
+            made.append(str(Path(folder) / f"{source.stem}.o"))
+            _run(compiler, *_FLAGS, *extra, "-fopenmp", "-c", str(source), "-o", made[-1])
+        whole = str(Path(folder) / path.name)
+        _run(compiler, "-shared", *made, runtime, "-o", whole)
+        os.replace(whole, path)
+    return path
+
+
+def _openmp() -> str:
+    """The OpenMP runtime that torch has loaded; a second one's threads would compete with it."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "-fopenmp"
+    loaded = {line.split()[-1] for line in maps.splitlines() if ".so" in line}
+    for path in sorted(loaded):
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            return path
+    return "-fopenmp"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _folder() -> Path:
+    """The user's own folder for builds, or a temporary one where that can't be trusted."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "attnspan"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="attnspan-"))
+
+
+def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
+    if q.device.type != "cpu":
+        return f"it runs on a CPU, not on {q.device.type}"
+    if q.dtype not in _KINDS:
+        return f"it has no {str(q.dtype).removeprefix('torch.')}"
+    if max(q.shape[-1], v.shape[-1]) > _MOST_WIDTH:
+        return f"its heads have up to {_MOST_WIDTH} channels"
+    return build().lack
+
+
+_prepared: WeakKeyDictionary[Pass, tuple[np.ndarray, list[Any]]] = WeakKeyDictionary()
+
+
+def _jobs(each: Pass) -> np.ndarray:
+    """A pass's jobs as the library reads them."""
+    if each not in _prepared:
+        rows, alive = [], []
+        for job in each.jobs:
+            t = job.tiles
+            code, tables = t.program
+            pointers = np.array([x.ctypes.data for x in tables] or [0], np.int64)
+            alive += [code, tables, pointers, t]
+            shared = [t.n, t.m, t.offset, t.tile]
+            shared += [x.ctypes.data for x in (t.some_ptr, t.some, t.all_ptr, t.all, code)]
+            shared += [len(code), pointers.ctypes.data]
+            rows += [[job.first_query + c, job.first_key + c, *shared] for c in range(job.count)]
+        _prepared[each] = np.array(rows, np.int64).reshape(-1, 13), alive
+    return _prepared[each][0]
+
+
+def _call(
+    name: str,
+    each: Pass,
+    scale: float,
+    softcap: float | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    dense: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Calls the library; `dense` are lse, grad_lse, grad_q, grad_k, grad_v and the total."""
+    jobs = _jobs(each)
+    views = []
+    for x in (q, k, v, out, grad_out):
+        views += [0, 0, 0, 0] if x is None else [x.data_ptr(), *x.stride()[:3]]
+    pointers = [0 if x is None else x.data_ptr() for x in dense]
+    numbers = np.array(
+        [
+            *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]),
+            *(q.shape[3], 0 if v is None else v.shape[3]),
+            *(_KINDS[q.dtype], 0 if out is None else _KINDS[out.dtype]),
+            *(each.step, len(jobs), jobs.ctypes.data),
+            *views,
+            *pointers,
+            *[0] * (6 - len(pointers)),
+        ],
+        np.int64,
+    )
+    getattr(build().library, f"attnspan_{name}")(numbers.ctypes.data, scale, softcap or 0.0)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    passes: tuple[Pass, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp by the passes of a plan, each of which sees other pairs.
+
+    Args:
+        q: `(batch, Hq, n, head_dim)`, float32, bfloat16 or float16.
+        k: `(batch, Hkv, m, head_dim)`.
+        v: `(batch, Hkv, m, value_dim)`.
+        passes: from `attnspan.patterns.plan`, with tiles of `TILE`.
+        scale: factor of the scores.
+        softcap: as in `attnspan.attention`.
+
+    Returns:
+        `out (batch, Hq, n, value_dim)` in the dtype of `q`, `lse (batch, Hq, n)` in float32.
+    """
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    shape = (*q.shape[:3], v.shape[3])
+    # Parts are merged in fp32; a single one is rounded once, by the kernel.
+    dtype = q.dtype if len(passes) == 1 else torch.float32
+    merged: tuple[Tensor, Tensor] | None = None
+    for each in passes:
+        out, lse = torch.empty(shape, dtype=dtype), torch.empty(q.shape[:3])
+        if not len(each.jobs) or not out.numel():
+            continue
+        _call("forward", each, scale, softcap, q, k, v, out, None, (lse,))
+        merged = (out, lse) if merged is None else _merged(*merged, out, lse)
+    if merged is None:
+        return q.new_zeros(shape), torch.full(q.shape[:3], -math.inf)
+    return merged[0].to(q.dtype), merged[1]
+
+
+def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """In place: a merge out of place would take the output's memory twice more."""
+    both = torch.logaddexp(lse, part_lse)
+    finite = both.clamp_min(torch.finfo(both.dtype).min)  # -inf less -inf would be NaN
+    out.mul_(torch.exp(lse - finite)[..., None])
+    return out.addcmul_(part, torch.exp(part_lse - finite)[..., None]), both
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    passes: tuple[Pass, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32, from the whole attention's `out` and `lse`."""
+    grads = [torch.zeros(x.shape) for x in (q, k, v)]
+    if q.numel() and k.numel() and v.numel():
+        q, k, v, out, grad_out = (_dense(x) for x in (q, k, v, out, grad_out))
+        lse = lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        for each in passes:
+            dense = (lse, grad_lse, *grads)
+            _call("backward", each, scale, softcap, q, k, v, out, grad_out, dense)
+    return grads[0], grads[1], grads[2]
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    passes: tuple[Pass, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The attention that each key receives, `(batch, Hkv, m)` float32; see `kernels.cpu`."""
+    total = torch.zeros(k.shape[:3])
+    q, k, lse = _dense(q), _dense(k), lse.float().contiguous()
+    if q.numel() and k.numel():
+        for each in passes:
+            dense = (lse, None, None, None, None, total)
+            _call("received", each, scale, softcap, q, k, dense=dense)
+    return total
