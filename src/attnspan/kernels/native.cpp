@@ -5,30 +5,11 @@
 // used while they are in the L1 cache. Which keys a tile meets comes as ranges of keys (`some`,
 // and `all`, where no mask is needed) and a small stack program that gives a row's mask as one
 // 64-bit word per block. Softmax runs in base 2, online, in fp32.
-//
-// One C++ file without dependencies: vectors are the compiler's, and the widest that it was told of.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "native.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#define STRIP 6
-#define COLUMNS 4
-#elif defined(__AVX__)
-#define LANES 8
-#define STRIP 6
-#define COLUMNS 2
-#else
-#define LANES 4
-#define STRIP 6
-#define COLUMNS 2
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 #ifndef WRONG_BY  // tests build it wrong, to see that they would notice
@@ -36,133 +17,6 @@
 #endif
 
 namespace {
-
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-
-constexpr int BLOCK = 64;               // keys at a time: a mask is one word
-constexpr int WIDE = LANES * COLUMNS;   // floats of a row that one kernel call makes
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
-constexpr float NONE = -INFINITY;
-
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline vf splat(float x) { return x - vf{}; }
-inline vf choose(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }
-inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-inline float largest(vf v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
-
-// 2^x; exactly 0 below 2^-126, NaN for NaN.
-inline vf exp2v(vf x) {
-  vi small = x < -126.0f;
-  vf t = choose(small, splat(-126.0f), x);
-  vf shifted = t + 12582912.0f;  // rounds to a whole number, which stands in the low bits
-  vf f = t - (shifted - 12582912.0f);
-  vf p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  vi power = ((vi)shifted - 0x4B400000 + 127) << 23;
-  return choose(small, vf{}, p * (vf)power);
-}
-
-// Laid out as 64-byte lines.
-struct Buffer {
-  std::vector<float> held;
-  float* at;
-  explicit Buffer(size_t size) : held(size + 16) {
-    at = (float*)(((uintptr_t)held.data() + 63) & ~(uintptr_t)63);
-  }
-};
-
-enum Kind { F32, BF16, F16 };
-
-inline float widen(const void* p, int64_t i, Kind kind) {
-  if (kind == F32) return ((const float*)p)[i];
-  if (kind == BF16) {
-    uint32_t bits = (uint32_t)((const uint16_t*)p)[i] << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  return (float)((const _Float16*)p)[i];
-}
-
-inline uint16_t narrow_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// A (batch, heads, rows, width) tensor whose last dimension is dense.
-struct View {
-  void* data;
-  int64_t batch, head, row;  // strides, in elements
-  Kind kind;
-
-  const void* line(int64_t b, int64_t h, int64_t r) const {
-    int64_t size = kind == F32 ? 4 : 2;
-    return (const char*)data + size * (b * batch + h * head + r * row);
-  }
-  void read(float* to, int64_t b, int64_t h, int64_t r, int width, float factor = 1) const {
-    const void* p = line(b, h, r);
-    if (kind == F32) for (int d = 0; d < width; d++) to[d] = ((const float*)p)[d] * factor;
-    else if (kind == BF16) for (int d = 0; d < width; d++) to[d] = widen(p, d, BF16) * factor;
-    else for (int d = 0; d < width; d++) to[d] = widen(p, d, F16) * factor;
-  }
-  void write(const float* from, int64_t b, int64_t h, int64_t r, int width, float factor) const {
-    void* p = (void*)line(b, h, r);
-    if (kind == F32) for (int d = 0; d < width; d++) ((float*)p)[d] = from[d] * factor;
-    else if (kind == BF16) for (int d = 0; d < width; d++) ((uint16_t*)p)[d] = narrow_bf16(from[d] * factor);
-    else for (int d = 0; d < width; d++) ((_Float16*)p)[d] = (_Float16)(from[d] * factor);
-  }
-};
-
-// C (R x WIDE) += or = A (R x depth) B (depth x WIDE).
-template <int R, bool ADD>
-inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
-                    float* c, int64_t c_row, int depth) {
-  vf acc[R][COLUMNS];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < COLUMNS; v++) acc[r][v] = ADD ? load(c + r * c_row + v * LANES) : vf{};
-  for (int k = 0; k < depth; k++) {
-    vf line[COLUMNS];
-    for (int v = 0; v < COLUMNS; v++) line[v] = load(b + k * b_row + v * LANES);
-    for (int r = 0; r < R; r++) {
-      vf x = splat(a[r * a_row + k * a_step]);
-      for (int v = 0; v < COLUMNS; v++) acc[r][v] += x * line[v];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < COLUMNS; v++) store(c + r * c_row + v * LANES, acc[r][v]);
-}
-
-// The same for any number of rows, and a width of whole WIDEs.
-template <bool ADD>
-void products(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
-              int64_t c_row, int rows, int width, int depth) {
-  for (int from = 0; from < rows; from += STRIP) {
-    const float* x = a + from * a_row;
-    for (int w = 0; w < width; w += WIDE) {
-      const float* y = b + w;
-      float* z = c + from * c_row + w;
-      switch (rows - from < STRIP ? rows - from : STRIP) {
-        case 1: product<1, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 2: product<2, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 3: product<3, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 4: product<4, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 5: product<5, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        default: product<6, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth);
-      }
-    }
-  }
-}
-
-inline int padded(int width) { return (width + WIDE - 1) / WIDE * WIDE; }
 
 enum Op { ALL, NOTHING, DISTANCE, KEYS, QUERIES, SPAN, STRIDE, AND, OR, NOT };
 
@@ -174,17 +28,11 @@ struct Job {
   const void* const* tables;
 };
 
-inline uint64_t bits_between(int64_t low, int64_t high) {
-  if (low < 0) low = 0;
-  if (high > 64) high = 64;
-  if (low >= high) return 0;
-  uint64_t ones = high - low == 64 ? ~0ull : (1ull << (high - low)) - 1;
-  return ones << low;
-}
-
 // Which of the keys `from` to `from + 63` the query row `r` sees.
 uint64_t mask_word(const Job& job, int64_t r, int64_t from) {
-  uint64_t stack[64];
+  static thread_local std::vector<uint64_t> held;
+  if ((int64_t)held.size() < job.operations) held.resize(job.operations);
+  uint64_t* stack = held.data();
   int top = -1;
   int64_t i = job.offset + r;
   for (int64_t at = 0; at < job.operations; at++) {
@@ -298,55 +146,6 @@ int64_t rows_of(const View& x, float* to, const float** at, int64_t b, int64_t h
   *at = to;
   return wide;
 }
-
-// Scores in base 2 of a strip, masked: `s` holds rows of 64.
-inline void finish(float* s, const uint64_t* words, int rows, float softcap) {
-  static const vi powers = [] { vi p; for (int i = 0; i < LANES; i++) p[i] = 1 << i; return p; }();
-  for (int r = 0; r < rows; r++) {
-    float* row = s + r * BLOCK;
-    if (softcap > 0)
-      for (int v = 0; v < BLOCK; v += LANES) {
-        vf e = exp2v(load(row + v) * (2 * LOG2E));
-        // tanh, at its ends where e has left the range of floats.
-        vf t = choose(e > 1e30f, splat(1.0f), (e - 1.0f) / (e + 1.0f));
-        store(row + v, t * (softcap * LOG2E));
-      }
-    if (words && words[r] != ~0ull)
-      for (int v = 0; v < BLOCK; v += LANES) {
-        int32_t part = (int32_t)(words[r] >> v & ((1ull << LANES) - 1));
-        vi seen = ((part + vi{}) & powers) != 0;
-        store(row + v, choose(seen, load(row + v), splat(NONE)));
-      }
-  }
-}
-
-struct Softmax {
-  float top = NONE, total = 0;
-
-  // Turns a row of scores into weights; returns what earlier results must be multiplied by.
-  float take(float* row) {
-    vf most = load(row);
-    for (int v = LANES; v < BLOCK; v += LANES) {
-      vf x = load(row + v);
-      most = choose(x > most, x, most);
-    }
-    float best = largest(most), before = top;
-    if (best > top) top = best;
-    // Nothing seen yet: any finite number in its place turns minus infinity into a weight of zero.
-    float base = top == NONE ? 0 : top;
-    vf added{};
-    for (int v = 0; v < BLOCK; v += LANES) {
-      vf w = exp2v(load(row + v) - base);
-      store(row + v, w);
-      added += w;
-    }
-    float keep = top == before ? 1.0f : before == NONE ? 0.0f : std::exp2(before - top);
-    total = total * keep + sum(added);
-    return keep;
-  }
-
-  float lse() const { return total == 0 ? NONE : ((top == NONE ? 0 : top) + std::log2(total)) * LN2; }
-};
 
 // One thread's memory for forward tiles.
 struct Forward {
@@ -532,6 +331,17 @@ struct Backward {
   }
 };
 
+// A fresh output is touched first here: in huge pages where there are any, that is fewer faults.
+void in_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 2 << 20;
+  uintptr_t start = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+  if (start < end) madvise((void*)start, end - start, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 int64_t largest_tile(const Problem& p) {
   int64_t most = 1;
   for (int64_t j = 0; j < p.jobs; j++) most = std::max(most, p.job[j].tile);
@@ -563,6 +373,7 @@ extern "C" {
 
 void attnspan_forward(const int64_t* numbers, double scale, double softcap) {
   Problem p = problem(numbers, scale, softcap);
+  in_huge_pages(p.out.data, p.batch * p.heads * p.n * p.value_width * (p.out.kind == F32 ? 4 : 2));
   std::vector<int64_t> ends;
   int64_t all = 0;
   for (int64_t j = 0; j < p.jobs; j++) ends.push_back(all += tiles(p.job[j]));

@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnspan.kernels.view import KVView, Part
 from attnspan.patterns.tiles import Pass
 
 TILE = 64
-_SOURCES = ("native.cpp",)
+_SOURCES = ("native.cpp", "native_decode.cpp")
+_HEADER = "native.h"
 _FLAGS = (
     "-O3",
     "-march=native",
@@ -79,7 +81,7 @@ def build() -> Build:
     except (OSError, subprocess.SubprocessError, _Failed) as error:
         return Build(None, f"it couldn't be built: {error}")
     library.attnspan_vectors.restype = ctypes.c_char_p
-    for name in ("forward", "backward", "received"):
+    for name in ("forward", "backward", "received", "decode"):
         function = getattr(library, f"attnspan_{name}")
         function.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_double)
         function.restype = None
@@ -105,7 +107,7 @@ def _built(compiler: str, about: str, extra: tuple[str, ...] = ()) -> Path:
     runtime = _openmp()
     for part in (about, *_FLAGS, *extra, runtime, torch.__version__, _processor()):
         digest.update(f"{part}\0".encode())
-    for source in sources:
+    for source in (*sources, Path(__file__).with_name(_HEADER)):
         digest.update(source.read_bytes())
     path = _folder() / f"native-{digest.hexdigest()[:24]}.so"
     if path.exists():
@@ -308,3 +310,87 @@ def received(
             dense = (lse, None, None, None, None, total)
             _call("received", each, scale, softcap, q, k, dense=dense)
     return total
+
+
+_STORAGES = {"dense": 0, "int8": 1, "int4": 2}
+_FIELDS = ("key", "value", "key_scale", "value_scale", "value_least")
+
+
+def decode(
+    view: KVView,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_received: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    """Attention of a view's few queries over all its parts, keys and values read as stored.
+
+    Args:
+        view: what a cache holds; masks and angles in float32.
+        scale: factor of the scores.
+        softcap: as in `attnspan.attention`.
+        sink_logits: as in `attnspan.attention`.
+        return_received: give, for each part, what `received` gives, at the price of the scores in
+            memory.
+
+    Returns:
+        `out (batch, Hq, m, value_dim)` in the queries' dtype, `lse (batch, Hq, m)` in float32, and
+        for each part `(batch, Hkv, n)` in float32, or None.
+    """
+    query = view.parts[0].query
+    batch, heads, m, width = query.shape
+    alive: list[Tensor] = []
+    parts: list[int] = []
+    lengths = []
+    kv_heads = value_width = 0
+    for part in view.parts:
+        if isinstance(part, Part):
+            kind, fields = "dense", {"key": part.key, "value": part.value}
+            mean = angles = None
+            group = 0
+        else:
+            stored = part.stored
+            kind, fields, mean = stored.kind, stored.fields, stored.mean
+            angles, group = stored.angles, stored.group
+        key = fields["key"]
+        kv_heads, value_width = (
+            key.shape[1],
+            fields["value"].shape[3] * (2 if kind == "int4" else 1),
+        )
+        lengths.append(key.shape[2])
+        parts += [_STORAGES[kind], key.shape[2], group]
+        if angles is None:
+            parts += [0, 0, 0, 0, 0]
+        else:
+            cos, sin = angles.cos, angles.sin
+            parts += [cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[1]]
+            parts += [cos.stride(0), angles.interleaved]
+        if part.mask is None:
+            parts.append(0)
+        else:
+            alive.append(part.mask.float().contiguous())
+            parts.append(alive[-1].data_ptr())
+        for x in (part.query, *(fields.get(name) for name in _FIELDS), mean):
+            if x is None:
+                parts += [0, 0, 0, 0]
+                continue
+            x = _dense(x)
+            alive.append(x)
+            size = x.element_size()
+            b, h, n, _ = x.stride()
+            parts += [x.data_ptr(), b * size, h * size, n * size]
+    out = torch.empty((batch, heads, m, value_width))
+    lse = torch.empty((batch, heads, m))
+    total = torch.zeros((batch, kv_heads, sum(lengths))) if return_received else None
+    sink = None if sink_logits is None else sink_logits.float().contiguous()
+    numbers = np.array(
+        [
+            *(batch, heads, kv_heads, m, width, value_width, _KINDS[query.dtype], len(view.parts)),
+            *(0 if x is None else x.data_ptr() for x in (sink, out, lse, total)),
+            *parts,
+        ],
+        np.int64,
+    )
+    build().library.attnspan_decode(numbers.ctypes.data, scale, softcap or 0.0)
+    scores = None if total is None else list(total.split(lengths, 2))
+    return out.to(query.dtype), lse, scores

@@ -1,0 +1,282 @@
+// What the C++ kernels share: vectors, 2^x, small matrix products, online softmax in base 2.
+//
+// Vectors are the compiler's own, of the widest that it was told of, so the same source serves
+// AVX-512, AVX, NEON and none.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define STRIP 6
+#define COLUMNS 4
+#elif defined(__AVX__)
+#define LANES 8
+#define STRIP 6
+#define COLUMNS 2
+#else
+#define LANES 4
+#define STRIP 6
+#define COLUMNS 2
+#endif
+
+namespace {
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+constexpr int BLOCK = 64;               // keys at a time: a mask is one word
+constexpr int WIDE = LANES * COLUMNS;   // floats of a row that one kernel call makes
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
+constexpr float NONE = -INFINITY;
+
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float x) { return x - vf{}; }
+inline vf choose(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }
+inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+inline float largest(vf v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
+
+// The sums of four vectors at once: halves of pairs are added, then quarters, in place of lane by lane.
+inline void sums(vf a, vf b, vf c, vf d, float* to) {
+  static const struct Order {
+    vi even, odd, low, high;
+    Order() {
+      for (int i = 0; i < LANES; i++) {
+        int lane = i / 2 * 2 + (i % 2) * LANES, quarter = i / 4 * 4 + i % 2 + (i % 4 / 2) * LANES;
+        even[i] = lane, odd[i] = lane + 1, low[i] = quarter, high[i] = quarter + 2;
+      }
+    }
+  } order;
+  vf ab = __builtin_shuffle(a, b, order.even) + __builtin_shuffle(a, b, order.odd);
+  vf cd = __builtin_shuffle(c, d, order.even) + __builtin_shuffle(c, d, order.odd);
+  vf all = __builtin_shuffle(ab, cd, order.low) + __builtin_shuffle(ab, cd, order.high);
+  float fours[LANES];
+  store(fours, all);
+  for (int x = 0; x < 4; x++) {
+    to[x] = fours[x];
+    for (int i = 4; i < LANES; i += 4) to[x] += fours[i + x];
+  }
+}
+
+// 2^x; exactly 0 below 2^-126, NaN for NaN.
+inline vf exp2v(vf x) {
+  vi small = x < -126.0f;
+  vf t = choose(small, splat(-126.0f), x);
+  vf shifted = t + 12582912.0f;  // rounds to a whole number, which stands in the low bits
+  vf f = t - (shifted - 12582912.0f);
+  vf p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  vi power = ((vi)shifted - 0x4B400000 + 127) << 23;
+  return choose(small, vf{}, p * (vf)power);
+}
+
+// Laid out as 64-byte lines.
+struct Buffer {
+  std::vector<float> held;
+  float* at;
+  explicit Buffer(size_t size) : held(size + 16) {
+    at = (float*)(((uintptr_t)held.data() + 63) & ~(uintptr_t)63);
+  }
+};
+
+enum Kind { F32, BF16, F16 };
+
+struct Bf16 { uint16_t bits; };
+
+// LANES numbers of a type, as floats.
+inline vf widen(const float* p) { return load(p); }
+#if defined(__AVX512F__)
+inline vf widen(const int8_t* p) {
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline vf widen(const Bf16* p) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline vf widen(const _Float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline vf widen(const int8_t* p) {
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline vf widen(const Bf16* p) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+inline vf widen(const _Float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#else
+template <class T>
+inline vf widen(const T* p) {
+  vf x;
+  for (int i = 0; i < LANES; i++) x[i] = (float)p[i];
+  return x;
+}
+inline vf widen(const Bf16* p) {
+  vi x;
+  for (int i = 0; i < LANES; i++) x[i] = (int32_t)((uint32_t)p[i].bits << 16);
+  return (vf)x;
+}
+#endif
+
+// A row of any width.
+template <class T>
+void widen_row(const T* p, float* to, int width) {
+  int d = 0;
+  for (; d + LANES <= width; d += LANES) store(to + d, widen(p + d));
+  if (d == width) return;
+  T rest[LANES] = {};
+  std::memcpy(rest, p + d, sizeof(T) * (width - d));
+  float last[LANES];
+  store(last, widen(rest));
+  std::memcpy(to + d, last, sizeof(float) * (width - d));
+}
+
+inline void widen_row(const void* p, Kind kind, float* to, int width) {
+  if (kind == F32) std::memcpy(to, p, sizeof(float) * width);
+  else if (kind == BF16) widen_row((const Bf16*)p, to, width);
+  else widen_row((const _Float16*)p, to, width);
+}
+
+inline uint16_t narrow_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// A (batch, heads, rows, width) tensor whose last dimension is dense.
+struct View {
+  void* data;
+  int64_t batch, head, row;  // strides, in elements
+  Kind kind;
+
+  const void* line(int64_t b, int64_t h, int64_t r) const {
+    int64_t size = kind == F32 ? 4 : 2;
+    return (const char*)data + size * (b * batch + h * head + r * row);
+  }
+  void read(float* to, int64_t b, int64_t h, int64_t r, int width, float factor = 1) const {
+    widen_row(line(b, h, r), kind, to, width);
+    if (factor != 1) for (int d = 0; d < width; d++) to[d] *= factor;
+  }
+  void write(const float* from, int64_t b, int64_t h, int64_t r, int width, float factor) const {
+    void* p = (void*)line(b, h, r);
+    if (kind == F32) for (int d = 0; d < width; d++) ((float*)p)[d] = from[d] * factor;
+    else if (kind == BF16) for (int d = 0; d < width; d++) ((uint16_t*)p)[d] = narrow_bf16(from[d] * factor);
+    else for (int d = 0; d < width; d++) ((_Float16*)p)[d] = (_Float16)(from[d] * factor);
+  }
+};
+
+// C (R x WIDE) += or = A (R x depth) B (depth x WIDE).
+template <int R, bool ADD, class T>
+inline void product(const float* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row,
+                    float* c, int64_t c_row, int depth) {
+  vf acc[R][COLUMNS];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < COLUMNS; v++) acc[r][v] = ADD ? load(c + r * c_row + v * LANES) : vf{};
+  for (int k = 0; k < depth; k++) {
+    vf line[COLUMNS];
+    for (int v = 0; v < COLUMNS; v++) line[v] = widen(b + k * b_row + v * LANES);
+    for (int r = 0; r < R; r++) {
+      vf x = splat(a[r * a_row + k * a_step]);
+      for (int v = 0; v < COLUMNS; v++) acc[r][v] += x * line[v];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < COLUMNS; v++) store(c + r * c_row + v * LANES, acc[r][v]);
+}
+
+// The same for any number of rows, and a width of whole WIDEs.
+template <bool ADD, class T>
+void products(const float* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, float* c,
+              int64_t c_row, int rows, int width, int depth) {
+  for (int from = 0; from < rows; from += STRIP) {
+    const float* x = a + from * a_row;
+    for (int w = 0; w < width; w += WIDE) {
+      const T* y = b + w;
+      float* z = c + from * c_row + w;
+      switch (rows - from < STRIP ? rows - from : STRIP) {
+        case 1: product<1, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
+        case 2: product<2, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
+        case 3: product<3, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
+        case 4: product<4, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
+        case 5: product<5, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
+        default: product<6, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth);
+      }
+    }
+  }
+}
+
+inline int padded(int width) { return (width + WIDE - 1) / WIDE * WIDE; }
+
+// Scores in base 2 of a strip, masked: `s` holds rows of 64.
+inline void finish(float* s, const uint64_t* words, int rows, float softcap) {
+  static const vi powers = [] { vi p; for (int i = 0; i < LANES; i++) p[i] = 1 << i; return p; }();
+  for (int r = 0; r < rows; r++) {
+    float* row = s + r * BLOCK;
+    if (softcap > 0)
+      for (int v = 0; v < BLOCK; v += LANES) {
+        vf e = exp2v(load(row + v) * (2 * LOG2E));
+        // tanh, at its ends where e has left the range of floats.
+        vf t = choose(e > 1e30f, splat(1.0f), (e - 1.0f) / (e + 1.0f));
+        store(row + v, t * (softcap * LOG2E));
+      }
+    if (words && words[r] != ~0ull)
+      for (int v = 0; v < BLOCK; v += LANES) {
+        int32_t part = (int32_t)(words[r] >> v & ((1ull << LANES) - 1));
+        vi seen = ((part + vi{}) & powers) != 0;
+        store(row + v, choose(seen, load(row + v), splat(NONE)));
+      }
+  }
+}
+
+struct Softmax {
+  float top = NONE, total = 0;
+
+  // Turns a row of scores into weights; returns what earlier results must be multiplied by.
+  float take(float* row) {
+    vf most = load(row);
+    for (int v = LANES; v < BLOCK; v += LANES) {
+      vf x = load(row + v);
+      most = choose(x > most, x, most);
+    }
+    float best = largest(most), before = top;
+    if (best > top) top = best;
+    // Nothing seen yet: any finite number in its place turns minus infinity into a weight of zero.
+    float base = top == NONE ? 0 : top;
+    vf added{};
+    for (int v = 0; v < BLOCK; v += LANES) {
+      vf w = exp2v(load(row + v) - base);
+      store(row + v, w);
+      added += w;
+    }
+    float keep = top == before ? 1.0f : before == NONE ? 0.0f : std::exp2(before - top);
+    total = total * keep + sum(added);
+    return keep;
+  }
+
+  float lse() const { return total == 0 ? NONE : ((top == NONE ? 0 : top) + std::log2(total)) * LN2; }
+};
+
+inline uint64_t bits_between(int64_t low, int64_t high) {
+  if (low < 0) low = 0;
+  if (high > 64) high = 64;
+  if (low >= high) return 0;
+  uint64_t ones = high - low == 64 ? ~0ull : (1ull << (high - low)) - 1;
+  return ones << low;
+}
+
+}  // namespace
