@@ -1,9 +1,9 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from attnspan.dispatch import IMPLS, Explanation, attention, explain
+from attnspan.dispatch import IMPLS, Explanation, attention, explain, received
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
 from attnspan.testing import assert_accurate, magnitudes, make_qkv, patterns
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 @given(
     patterns(),
-    st.integers(0, 9),
-    st.integers(0, 20),
+    st.one_of(st.integers(0, 9), st.integers(40, 70)),
+    st.integers(0, 150),
     st.one_of(st.none(), st.integers(-3, 20)),
     st.sampled_from([None, 0.3]),
     st.sampled_from([None, 5.0]),
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from(IMPLS),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 def test_every_impl_is_the_oracle(
     pattern: Pattern,
     n: int,
@@ -40,8 +40,8 @@ def test_every_impl_is_the_oracle(
         "softcap": softcap,
         "sink_logits": torch.linspace(-1, 2, 4) if sinks else None,
     }
-    if impl == "sdpa" and softcap is not None:
-        with pytest.raises(ValueError, match="impl 'sdpa' can't do this: it has no logit soft cap"):
+    if impl in ("sdpa", "cpu") and softcap is not None:
+        with pytest.raises(ValueError, match="can't do this: it has no logit soft cap"):
             attention(q, k, v, pattern, impl=impl, **options)
         return
     got = attention(q, k, v, pattern, q_offset=q_offset, impl=impl, return_lse=True, **options)
@@ -75,7 +75,59 @@ def test_decode_and_chunks_equal_the_whole() -> None:
         torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@given(
+    patterns(),
+    st.integers(1, 70),
+    st.integers(1, 150),
+    st.one_of(st.none(), st.integers(-3, 20)),
+    st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.sampled_from(["native", "cpu", "sdpa"]),
+)
+@settings(deadline=None, max_examples=200)
+def test_gradients_are_the_oracles(
+    pattern: Pattern,
+    n: int,
+    m: int,
+    q_offset: int | None,
+    softcap: float | None,
+    sinks: bool,
+    impl: str,
+) -> None:
+    assume(softcap is None or impl == "native")
+    leaves = [*make_qkv(n, m, heads=(4, 2), requires_grad=True)]
+    sink = torch.linspace(-1, 2, 4, requires_grad=True) if sinks else None
+    offset = m - n if q_offset is None else q_offset
+    mask = pattern.sees(torch.arange(n)[:, None] + offset, torch.arange(m))
+    weight = make_qkv(n, m, heads=(4, 2), seed=5)[0]
+
+    def gradients(compute: torch.dtype | None) -> tuple:
+        options = {"softcap": softcap, "sink_logits": sink}
+        if compute is None:
+            out, lse = attention(
+                *leaves, pattern, q_offset=q_offset, impl=impl, return_lse=True, **options
+            )
+        else:
+            out, lse = reference(*leaves, mask, compute=compute, cast=False, **options)
+        total = (out * weight).sum() + torch.where(lse == -torch.inf, 0, lse).sum() * 0.5
+        return torch.autograd.grad(total, [*leaves, *([sink] if sinks else [])])
+
+    sizes = magnitudes(
+        *leaves,
+        mask,
+        softcap=softcap,
+        sink_logits=sink,
+        grad_out=weight,
+        grad_lse=torch.full((1, 4, n), 0.5),
+    )
+    both = zip(
+        gradients(None), gradients(torch.float32), gradients(torch.float64), sizes[2:], strict=False
+    )
+    for got, low, exact, size in both:
+        assert_accurate(got, low, exact, size, torch.float32, "gradient")
+
+
+@pytest.mark.parametrize("impl", ["reference", "native", "cpu", "sdpa"])
 def test_gradients_reach_everything(impl: str) -> None:
     q, k, v = make_qkv(6, 6, heads=(4, 2), requires_grad=True)
     sink = torch.zeros(4, requires_grad=True)
@@ -90,12 +142,15 @@ def test_gradients_reach_everything(impl: str) -> None:
 
 def test_explain_says_which_and_why() -> None:
     q, k, v = make_qkv(2, 3)
-    assert explain(q, k, v).impl == "sdpa"
-    explanation = explain(q, k, v, Full(), softcap=30.0)
-    assert explanation == Explanation("reference", ("sdpa can't: it has no logit soft cap",))
-    assert str(explanation) == "reference: sdpa can't: it has no logit soft cap"
+    assert explain(q, k, v).impl == "native"
+    wide = [x.double() for x in (q, k, v)]
+    assert explain(*wide).impl == "cpu"
+    explanation = explain(*wide, Full(), softcap=30.0)
+    why = ("native can't: it has no float64", "cpu can't: it has no logit soft cap")
+    assert explanation == Explanation("reference", why)
+    assert str(explanation) == f"reference: {'; '.join(why)}"
     assert str(explain(q, k, v, impl="reference")) == "reference: it was asked for"
-    assert explain(q, k, v[..., :4]).impl == "reference"
+    assert explain(*wide[:2], wide[2][..., :4]).impl == "reference"
     assert attention(q, k, v[..., :4]).shape == (1, 2, 2, 4)
     with pytest.raises(ValueError, match="impl 'sdpa' can't do this: it has no logit soft cap"):
         explain(q, k, v, softcap=30.0, impl="sdpa")
@@ -131,7 +186,12 @@ q, k, v = make_qkv(2, 3, heads=(4, 2))
         ((q, k, v), {"sink_logits": 1.0}, ValueError, "sink_logits is 1.0; None or a float tensor"),
         ((q, k, v), {"q_offset": 1.0}, ValueError, "q_offset is 1.0; None or a whole number"),
         ((q, k, v), {"q_offset": True}, ValueError, "q_offset is True"),
-        ((q, k, v), {"impl": "flash"}, ValueError, "impl is 'flash'; one of auto, reference, sdpa"),
+        (
+            (q, k, v),
+            {"impl": "flash"},
+            ValueError,
+            "impl is 'flash'; one of auto, reference, native",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(
@@ -145,3 +205,36 @@ def test_bad_input_is_refused_in_one_sentence(
 
 def test_causal_is_the_default_pattern() -> None:
     assert torch.equal(attention(q, k, v), attention(q, k, v, Causal()))
+
+
+@given(
+    patterns(),
+    st.integers(0, 40),
+    st.integers(0, 90),
+    st.sampled_from([None, 2.0]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(deadline=None, max_examples=80)
+def test_received_is_the_sum_of_the_weights(
+    pattern: Pattern,
+    n: int,
+    m: int,
+    softcap: float | None,
+    sinks: bool,
+    dtype: torch.dtype,
+) -> None:
+    q, k, _ = make_qkv(n, m, batch=2, heads=(4, 2), dtype=dtype)
+    options = {"softcap": softcap, "sink_logits": torch.linspace(-1, 2, 4) if sinks else None}
+    # The weights of the definition are what an identity as the values gives.
+    eye = torch.eye(m, dtype=dtype).expand(2, 2, m, m)
+    weights, lse = reference(q, k, eye, pattern, q_offset=m - n, cast=False, **options)
+    expected = weights.sum(2).unflatten(1, (2, 2)).sum(2).to(dtype)
+    for given_lse in (None, lse.to(dtype)):
+        got = received(q, k, pattern, lse=given_lse, **options)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_received_refuses_another_lse() -> None:
+    with pytest.raises(ValueError, match=r"lse is \(1, 4, 3\); None or a tensor of shape"):
+        received(q, k, lse=torch.zeros(1, 4, 3))

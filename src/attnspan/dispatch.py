@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from attnspan import ops
-from attnspan.kernels import cpu
+from attnspan.kernels import cpu, native
 from attnspan.kernels import sdpa as fused
 from attnspan.kernels.joint import joint
 from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.reference import reference
-from attnspan.kernels.view import KVView
+from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import Causal
 
-IMPLS = ("auto", "reference", "cpu", "sdpa")
+IMPLS = ("auto", "reference", "native", "cpu", "sdpa")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,7 +91,8 @@ def attention(
             queries are the last ones of the keys. A query before the first key sees none of them
             in a causal pattern.
         return_lse: give the log-sum-exp as well.
-        impl: "reference" (the definition, in float64), "sdpa" (torch's fused kernels), or "auto".
+        impl: "reference" (the definition, in float64), "native" (C++ for CPUs), "cpu" (torch's CPU
+            kernels by tiles), "sdpa" (torch's fused kernels with a dense mask), or "auto".
 
     Returns:
         `out (batch, Hq, n, value_dim)`, in the dtype of `q`; with `return_lse` also
@@ -114,8 +115,8 @@ def attention(
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     sinks = sink_logits
     match _choose(q, k, v, softcap, impl).impl:
-        case "cpu" as name:
-            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, name)
+        case "native" | "cpu" as name:
+            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
         case "sdpa":
             out, lse = fused.sdpa(
                 q, k, v, pattern, q_offset=offset, scale=factor, sink_logits=sinks
@@ -197,8 +198,10 @@ def received(
         )
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    passes = ops.passes(str(pattern), q.shape[2], k.shape[2], offset, cpu.TILE)
-    return cpu.received(q, k, lse, passes, factor, softcap)
+    lengths = q.shape[2], k.shape[2], offset
+    kernel = cpu if native.lacks(q, k, k) else native
+    passes = ops.passes(str(pattern), *lengths, kernel.TILE)
+    return kernel.received(q, k, lse, passes, factor, softcap)
 
 
 @torch.compiler.assume_constant_result
@@ -238,7 +241,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, impl: str) -
             raise ValueError(f"attention: impl {impl!r} can't do this: {lack}; 'reference' can")
         return Explanation(impl, ("it was asked for",))
     reasons = []
-    for name in ("cpu",) if q.device.type == "cpu" else ("sdpa",):
+    for name in ("native", "cpu") if q.device.type == "cpu" else ("sdpa",):
         lack = _lacks(name, q, k, v, softcap)
         if lack is None:
             return Explanation(name, (*reasons, "it is the fastest of those that can do this"))
@@ -248,6 +251,8 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, impl: str) -
 
 def _lacks(impl: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str | None:
     match impl:
+        case "native":
+            return native.lacks(q, k, v)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
         case _:
@@ -314,10 +319,26 @@ def _is_finite(x: Any) -> bool:
 # Up to so many scores in one head, a plain softmax over them beats a fused kernel for each part
 # and their merge.
 FEW = 4096
+# Up to so many queries of a KV head, the C++ kernel for decoding beats those for prefill.
+_FEW_QUERIES = 64
+
+
+def reads_stored(query: Tensor, kv_heads: int) -> bool:
+    """Whether `attend` takes a `RawPart` for these queries: keys and values as they are stored."""
+    rows = query.shape[1] // kv_heads * query.shape[2]
+    return rows <= _FEW_QUERIES and not native.lacks(query, query, query)
 
 
 def _is_small(view: KVView) -> bool:
-    return all(part.query.shape[2] * part.key.shape[2] <= FEW for part in view.parts)
+    return all(
+        isinstance(part, Part) and part.query.shape[2] * part.key.shape[2] <= FEW
+        for part in view.parts
+    )
+
+
+def _kv_heads(part: Part | RawPart) -> int:
+    key = part.key if isinstance(part, Part) else part.stored.fields["key"]
+    return key.shape[1]
 
 
 def attend(
@@ -342,13 +363,22 @@ def attend(
     """
     query = view.parts[0].query
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    if reads_stored(query, _kv_heads(view.parts[0])):
+        out, _, scores = native.decode(view, scale, softcap, sink_logits, return_scores)
+        return out, scores
+    parts = [part for part in view.parts if isinstance(part, Part)]
+    assert len(parts) == len(view.parts), "ask `reads_stored` before handing over a RawPart"
     # Elsewhere than on a CPU the fused kernels want masks laid out anew and keys repeated.
     fusible = query.device.type == "cpu" and softcap is None and not return_scores
     if not fusible or (len(view.parts) > 1 and _is_small(view)):
         return joint(
-            view, scale=scale, softcap=softcap, sink_logits=sink_logits, return_scores=return_scores
+            parts,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            return_scores=return_scores,
         )
-    results = [fused.partial(p.query, p.key, p.value, p.mask, scale) for p in view.parts]
+    results = [fused.partial(p.query, p.key, p.value, p.mask, scale) for p in parts]
     outs, lses = [out for out, _ in results], [lse for _, lse in results]
     if sink_logits is not None:
         # A learned sink is a part of its own: one key of that score whose value is zero.

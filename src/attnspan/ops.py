@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspan.kernels import cpu
+from attnspan.kernels import cpu, native
 from attnspan.patterns.text import parse
 from attnspan.patterns.tiles import Pass, plan
 
@@ -24,17 +24,24 @@ def passes(pattern: str, n: int, m: int, q_offset: int, tile: int) -> tuple[Pass
 
 @torch.library.custom_op("attnspan::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: str, q_offset: int, scale: float, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, Hq, n, value_dim)` and its log-sum-exp; arguments as in `attnspan.attention`."""
-    plan = passes(pattern, q.shape[2], k.shape[2], q_offset, cpu.TILE)
-    return cpu.forward(q, k, v, plan, scale)
+    lengths = q.shape[2], k.shape[2], q_offset
+    if impl == "native":
+        return native.forward(q, k, v, passes(pattern, *lengths, native.TILE), scale, softcap)
+    return cpu.forward(q, k, v, passes(pattern, *lengths, cpu.TILE), scale)
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, pattern: str, q_offset: int, scale: float, impl: str
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -51,11 +58,16 @@ def attention_backward(
     pattern: str,
     q_offset: int,
     scale: float,
+    softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
-    plan = passes(pattern, q.shape[2], k.shape[2], q_offset, cpu.TILE)
-    grads = cpu.backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale)
+    lengths = q.shape[2], k.shape[2], q_offset
+    given = grad_out, grad_lse, q, k, v, out, lse
+    if impl == "native":
+        grads = native.backward(*given, passes(pattern, *lengths, native.TILE), scale, softcap)
+    else:
+        grads = cpu.backward(*given, passes(pattern, *lengths, cpu.TILE), scale)
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
 

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
+from attnspan.patterns import (
+    Blockwise,
+    Causal,
+    Documents,
+    Full,
+    GlobalTokens,
+    Longformer,
+    Pattern,
+    Sinks,
+    SlidingWindow,
+    Strided,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -42,15 +53,28 @@ def make_qkv(
 
 
 def patterns(max_size: int = 12) -> SearchStrategy[Pattern]:
-    """A hypothesis strategy: every named pattern, and combinations of up to four."""
+    """A hypothesis strategy: every named pattern with its options, and combinations of up to four.
+
+    Windows, blocks, strides and documents are of up to `max_size` tokens, global tokens lie below
+    `3 * max_size`.
+    """
     from hypothesis import strategies as st
 
-    size = st.integers(1, max_size)
+    size, count, flag = st.integers(1, max_size), st.integers(0, max_size), st.booleans()
+    places = st.sets(st.integers(0, 3 * max_size), max_size=6).map(lambda x: tuple(sorted(x)))
+    tokens = st.one_of(count, places)
+    lengths = st.lists(size, min_size=1, max_size=6).map(tuple)
     named: SearchStrategy[Pattern] = st.one_of(
         st.just(Causal()),
         st.just(Full()),
-        st.builds(SlidingWindow, size, st.booleans()),
-        st.builds(Sinks, st.integers(0, max_size)),
+        st.builds(SlidingWindow, size, st.just(True), st.integers(1, 4), st.integers(0, 4)),
+        st.builds(SlidingWindow, size, st.just(False), st.integers(1, 4)),
+        st.builds(Sinks, count),
+        st.builds(Strided, size, size),
+        st.builds(Blockwise, size, flag, flag),
+        st.builds(GlobalTokens, tokens, flag),
+        st.builds(Longformer, size, tokens, st.integers(0, 4)),
+        st.builds(Documents, lengths, flag),
     )
     return st.recursive(
         named,

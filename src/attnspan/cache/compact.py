@@ -15,8 +15,8 @@ from torch import Tensor
 
 from attnspan.cache.lane import Call, Lane
 from attnspan.cache.storage import Fields
-from attnspan.dispatch import attend
-from attnspan.kernels.view import KVView, Part
+from attnspan.dispatch import attend, reads_stored
+from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.policies.base import Held, Keep, Pick, Pool
 
 
@@ -66,13 +66,16 @@ class CompactLane(Lane):
         m, old, tables = q.shape[2], self.held, call.tables
         n = old + m
         self._put(old, self._encode(k, v))
-        key, value = self._decode({name: x[:, :, :n] for name, x in self.fields.items()})
-        part = Part(
-            self._rotate(q, old, n, tables),
-            self._rotate(key, 0, n, tables),
-            value,
-            self._causal(old, m, call) if m > 1 else None,
-        )
+        fields = {name: x[:, :, :n] for name, x in self.fields.items()}
+        query, rope = self._rotate(q, old, n, tables), self.spec.rope
+        mask = self._causal(old, m, call) if m > 1 else None
+        part: Part | RawPart
+        if reads_stored(q, self.spec.num_kv_heads):
+            angles = None if rope is None else tables.angles(rope, 0, n, n, q)
+            part = RawPart(query, self._stored(fields, angles), mask)
+        else:
+            key, value = self._decode(fields)
+            part = Part(query, self._rotate(key, 0, n, tables), value, mask)
         out, scores = attend(
             KVView((part,)),
             scale=call.scale,

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspan.cache.storage import Dense, Fields, Storage
+from attnspan.cache.storage import Dense, Fields, Int4, Storage
 from attnspan.cache.tables import Tables
 from attnspan.dispatch import FEW
+from attnspan.kernels.view import Angles, Stored
 from attnspan.policies.base import Policy
 from attnspan.positions import Rope
 
@@ -153,6 +154,20 @@ class Lane(ABC):
 
     def _decode(self, fields: Fields) -> tuple[Tensor, Tensor]:
         return self._holder.decode(fields, self.extra.get("mean"), self.dtype)
+
+    def _stored(self, fields: Fields, angles: tuple[Tensor, Tensor] | None) -> Stored:
+        """`fields` as they are, for a kernel that reads them so; `angles` are what `turn` takes."""
+        turned = None
+        if angles is not None:
+            rope = self.spec.rope
+            assert rope is not None
+            cos, sin = angles
+            if not rope.interleaved:  # spread over both halves, with the signs of each
+                half = cos.shape[-1] // 2
+                cos, sin = cos[:, :half], sin[:, half:]
+            turned = Angles(cos, sin, rope.interleaved)
+        group = self.storage.group if isinstance(self.storage, Int4) else 0
+        return Stored(self._holder.kind, fields, self.extra.get("mean"), group, turned)
 
     def _advance(self, k: Tensor) -> None:
         """Counts the tokens of `k`, just stored; freezes the means once they are known."""

@@ -32,8 +32,8 @@ from torch import Tensor
 from attnspan.cache.lane import SEGMENT, Call, Lane
 from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
-from attnspan.dispatch import attend
-from attnspan.kernels.view import KVView, Part
+from attnspan.dispatch import attend, reads_stored
+from attnspan.kernels.view import KVView, Part, RawPart
 
 _GROWTH = 256
 
@@ -128,6 +128,7 @@ class RingLane(Lane):
 
     def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         start, m, sinks = self.seen, q.shape[2], self.span.sinks
+        parts: tuple[Part | RawPart, ...]
         if start < sinks:
             return self._first(q, k, v, call)
         length, tables, turned = self.span.place(start) + 1, call.tables, call.rotated
@@ -138,15 +139,25 @@ class RingLane(Lane):
             self._write(start, new)
             count = min(start + 1 - sinks, self.slots or start + 1)
             held = slice(self.front, self.front + count)
-            key, value = self._decode({n: x[:, :, held] for n, x in self.fields.items()})
-            if self.late:
-                key = self._rotate_slots(key, start, m, length, tables)
+            fields = {n: x[:, :, held] for n, x in self.fields.items()}
             mask = None
             if self.span.block > 1 and start + 1 - self.span.least(start) < count:
                 mask = self._mask(tables, start, m)
-            if sinks:
-                key, value, mask = self._behind_sinks(key, value, mask, start, length, tables)
-            parts = (Part(rotated, key, value, mask),)
+            if (self.late or not isinstance(self._holder, Dense)) and reads_stored(
+                q, self.spec.num_kv_heads
+            ):
+                angles = self._slot_angles(q, start, m, length, tables) if self.late else None
+                parts = (RawPart(rotated, self._stored(fields, angles), mask),)
+                if sinks:
+                    sink_key = self._turned_sinks(start, length, tables)
+                    parts = (Part(rotated, sink_key, self._sink_value), *parts)
+            else:
+                key, value = self._decode(fields)
+                if self.late:
+                    key = self._rotate_slots(key, start, m, length, tables)
+                if sinks:
+                    key, value, mask = self._behind_sinks(key, value, mask, start, length, tables)
+                parts = (Part(rotated, key, value, mask),)
         else:
             held = slice(self.front, self.front + self._used())
             fields = {n: torch.cat((x[:, :, held], new[n]), 2) for n, x in self.fields.items()}
@@ -192,18 +203,8 @@ class RingLane(Lane):
         length: int,
         tables: Tables,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values for the one query at `start`, with the sinks in front of them.
-
-        The sinks stand right before the oldest token that the query sees, which is where their
-        places inside the cache put them; so one frame of positions serves all keys.
-        """
-        rope, sinks, sink_key = self.spec.rope, self.span.sinks, self.extra["sink_key"]
-        shift = self.span.least(start) - sinks
-        if self.late:
-            sink_key = self._rotate(sink_key, shift, length, tables)
-        elif rope is not None and shift:
-            angles = tables.angles(rope, shift, shift + 1, length, sink_key, scaled=False)
-            sink_key = rope.turn(sink_key, *angles)
+        """Keys and values for the one query at `start`, with the sinks in front of them."""
+        sinks, sink_key = self.span.sinks, self._turned_sinks(start, length, tables)
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (sinks, 0))
         if not self.front or self.late:
@@ -214,7 +215,22 @@ class RingLane(Lane):
         stop = sinks + key.shape[2]
         return self.fields["key"][:, :, :stop], self.fields["value"][:, :, :stop], mask
 
-    def _attend(self, parts: tuple[Part, ...], call: Call) -> Tensor:
+    def _turned_sinks(self, start: int, length: int, tables: Tables) -> Tensor:
+        """The sinks' keys for the one query at `start`, in the frame of its window.
+
+        They stand right before the oldest token that the query sees, which is where their places
+        inside the cache put them; so one frame of positions serves all keys.
+        """
+        rope, sink_key = self.spec.rope, self.extra["sink_key"]
+        shift = self.span.least(start) - self.span.sinks
+        if self.late:
+            return self._rotate(sink_key, shift, length, tables)
+        if rope is None or not shift:
+            return sink_key
+        angles = tables.angles(rope, shift, shift + 1, length, sink_key, scaled=False)
+        return rope.turn(sink_key, *angles)
+
+    def _attend(self, parts: tuple[Part | RawPart, ...], call: Call) -> Tensor:
         out, _ = attend(
             KVView(parts), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits
         )
@@ -238,15 +254,32 @@ class RingLane(Lane):
 
     def _rotate_slots(self, key: Tensor, start: int, m: int, length: int, tables: Tables) -> Tensor:
         """Keys as they lie in the slots (and `m` new ones behind them), rotated by position."""
+        assert self.spec.rope is not None
+        return self.spec.rope.turn(key, *self._slot_angles(key, start, m, length, tables))
+
+    def _slot_angles(
+        self, like: Tensor, start: int, m: int, length: int, tables: Tables
+    ) -> tuple[Tensor, Tensor]:
+        """What `rope.turn` takes for the keys as they lie in the slots."""
         rope = self.spec.rope
         assert rope is not None
-        name = ("slots", id(rope), self.span, start, m, rope.regime(length), key.dtype, key.device)
+        name = (
+            "slots",
+            id(rope),
+            self.span,
+            start,
+            m,
+            rope.regime(length),
+            like.dtype,
+            like.device,
+        )
 
         def make() -> tuple[Tensor, Tensor]:
-            wide = torch.promote_types(key.dtype, torch.float32)
-            return rope.spread(self._positions(start, m, key.device), length, wide)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            return rope.spread(self._positions(start, m, like.device), length, wide)
 
-        return rope.turn(key, *tables.get(name, make))
+        cos, sin = tables.get(name, make)
+        return cos, sin
 
     def _positions(self, start: int, m: int, device: torch.device) -> Tensor:
         """Stream positions of the keys that a segment reads, in the order in which it reads them.

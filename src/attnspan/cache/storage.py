@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ _TINY = 2.0**-24
 
 class Storage(ABC):
     """How keys and values are held. Final subclasses are frozen dataclasses."""
+
+    kind: ClassVar[Literal["dense", "int8", "int4"]]
 
     @property
     def warmup(self) -> int:
@@ -54,6 +57,8 @@ class Storage(ABC):
 class Dense(Storage):
     """Keys and values in the model's own dtype."""
 
+    kind = "dense"
+
     def layout(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         return {"key": (head_dim, dtype), "value": (head_dim, dtype)}
 
@@ -72,6 +77,8 @@ class Dense(Storage):
 @dataclass(frozen=True)
 class Int8(Storage):
     """Symmetric int8 with one fp16 scale per token and head: 66 bytes for a head of 64."""
+
+    kind = "int8"
 
     def layout(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         fields = {}
@@ -113,6 +120,7 @@ class Int4(Storage):
     channel and values by token (https://arxiv.org/abs/2402.02750), without its groups over tokens.
     """
 
+    kind = "int4"
     group: int = 32
 
     @property

@@ -7,34 +7,36 @@ received comes out as a by-product, so heavy hitters cost no second pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from attnspan.kernels.view import KVView
+from attnspan.kernels.view import Part
 
 
 def joint(
-    view: KVView,
+    parts: Sequence[Part],
     *,
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     return_scores: bool = False,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Attention of a view's queries over all its parts.
+    """Attention of the same queries over disjoint parts of the keys.
 
     Returns:
         `out (batch, num_heads, m, head_dim)`, and with `return_scores`, for each part, the
         attention that its keys received, summed over the queries and the query heads of a KV head,
         float32 `(batch, num_kv_heads, n)`.
     """
-    query = view.parts[0].query
+    query = parts[0].query
     batch, heads, m, head_dim = query.shape
-    kv_heads = view.parts[0].key.shape[1]
+    kv_heads = parts[0].key.shape[1]
     packed = (batch, kv_heads, heads // kv_heads * m, head_dim)  # K is read once for its group
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = []
-    for part in view.parts:
+    for part in parts:
         x = torch.matmul(part.query.to(wide).reshape(packed), part.key.to(wide).mT) * scale
         if softcap is not None:
             x = softcap * torch.tanh(x / softcap)
@@ -46,7 +48,7 @@ def joint(
         logits.append(sink.expand(batch, -1, -1, m, 1).flatten(2, 3))
     weights = torch.softmax(torch.cat(logits, -1) if len(logits) > 1 else logits[0], dim=-1)
     out, scores, start = None, [], 0
-    for part in view.parts:
+    for part in parts:
         n = part.key.shape[2]
         weight = weights.narrow(-1, start, n)
         if return_scores:

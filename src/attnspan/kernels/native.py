@@ -28,7 +28,7 @@ from torch import Tensor
 from attnspan.kernels.view import KVView, Part
 from attnspan.patterns.tiles import Pass
 
-TILE = 64
+TILE = 120  # twenty strips of six rows
 _SOURCES = ("native.cpp", "native_decode.cpp")
 _HEADER = "native.h"
 _FLAGS = (
@@ -43,6 +43,7 @@ _FLAGS = (
 )
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_WIDTH = 256
+_FEW = 32  # queries of a KV head up to which a call is a decode
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,11 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"it has no {str(q.dtype).removeprefix('torch.')}"
     if max(q.shape[-1], v.shape[-1]) > _MOST_WIDTH:
         return f"its heads have up to {_MOST_WIDTH} channels"
+    return _lack()
+
+
+@torch.compiler.assume_constant_result
+def _lack() -> str | None:
     return build().lack
 
 
@@ -248,6 +254,10 @@ def forward(
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
     shape = (*q.shape[:3], v.shape[3])
+    if q.shape[1] // max(1, k.shape[1]) * q.shape[2] <= _FEW:
+        parts = _parts(q, k, v, passes)
+        if parts:
+            return decode(KVView(parts), scale, softcap)[:2]
     # Parts are merged in fp32; a single one is rounded once, by the kernel.
     dtype = q.dtype if len(passes) == 1 else torch.float32
     merged: tuple[Tensor, Tensor] | None = None
@@ -260,6 +270,27 @@ def forward(
     if merged is None:
         return q.new_zeros(shape), torch.full(q.shape[:3], -math.inf)
     return merged[0].to(q.dtype), merged[1]
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, passes: tuple[Pass, ...]) -> tuple[Part, ...]:
+    """The keys that a few queries see, where all of them see from the same positions."""
+    parts = []
+    for each in passes:
+        for job in each.jobs:
+            t = job.tiles
+            if t.n != q.shape[2] or job.count != 1 or not q.numel():
+                return ()
+            whole = {(a, b) for a, b in t.all.tolist()} if t.rows == 1 else set()
+            for start, stop in t.some.tolist() if t.rows == 1 else [(0, t.m)]:
+                mask = None
+                if (start, stop) not in whole:
+                    i = np.arange(t.n, dtype=np.int64)[:, None] + t.offset
+                    seen = t.rule.sees(i, np.arange(start, stop)) & np.ones((t.n, 1), bool)
+                    mask = torch.where(torch.from_numpy(seen), 0.0, -math.inf)
+                first = job.first_key + each.step * start
+                keys = slice(first, first + each.step * (stop - start - 1) + 1, each.step)
+                parts.append(Part(q, k[:, :, keys], v[:, :, keys], mask))
+    return tuple(parts)
 
 
 def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
