@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
     st.sampled_from([None, 5.0]),
     st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from(IMPLS),
+    st.sampled_from([impl for impl in IMPLS if impl != "flex"]),
 )
 @settings(deadline=None, max_examples=300)
 def test_every_impl_is_the_oracle(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspan import ops
-from attnspan.kernels import cpu, native
+from attnspan.kernels import cpu, flex, native
 from attnspan.kernels import sdpa as fused
 from attnspan.kernels.joint import joint
 from attnspan.kernels.merge import merge, with_sink
@@ -19,7 +19,7 @@ from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import Causal
 
-IMPLS = ("auto", "reference", "native", "cpu", "sdpa")
+IMPLS = ("auto", "reference", "native", "cpu", "sdpa", "flex")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -92,7 +92,8 @@ def attention(
             in a causal pattern.
         return_lse: give the log-sum-exp as well.
         impl: "reference" (the definition, in float64), "native" (C++ for CPUs), "cpu" (torch's CPU
-            kernels by tiles), "sdpa" (torch's fused kernels with a dense mask), or "auto".
+            kernels by tiles), "sdpa" (torch's fused kernels with a dense mask), "flex" (torch's
+            compiled FlexAttention), or "auto".
 
     Returns:
         `out (batch, Hq, n, value_dim)`, in the dtype of `q`; with `return_lse` also
@@ -114,9 +115,23 @@ def attention(
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     sinks = sink_logits
-    match _choose(q, k, v, softcap, impl).impl:
+    match _choose(q, k, v, softcap, return_lse or sinks is not None, impl).impl:
         case "native" | "cpu" as name:
             out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
+        case "flex":
+            wants_lse = return_lse or sinks is not None
+            out, lse = flex.flex(
+                q,
+                k,
+                v,
+                pattern,
+                q_offset=offset,
+                scale=factor,
+                softcap=softcap,
+                return_lse=wants_lse,
+            )
+            if lse is None:
+                return out
         case "sdpa":
             out, lse = fused.sdpa(
                 q, k, v, pattern, q_offset=offset, scale=factor, sink_logits=sinks
@@ -219,6 +234,7 @@ def explain(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     q_offset: int | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
 ) -> Explanation:
     """Which implementation `attention` would run for the same arguments, and why; raises as it.
@@ -229,32 +245,38 @@ def explain(
     """
     _check_tensors(q, k, v, sink_logits)
     _check_options(pattern, scale, softcap, q_offset, impl)
-    return _choose(q, k, v, softcap, impl)
+    return _choose(q, k, v, softcap, return_lse or sink_logits is not None, impl)
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, impl: str) -> Explanation:
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, wants_lse: bool, impl: str
+) -> Explanation:
     if impl == "reference":
         return Explanation(impl, ("it was asked for",))
     if impl != "auto":
-        lack = _lacks(impl, q, k, v, softcap)
+        lack = _lacks(impl, q, k, v, softcap, wants_lse)
         if lack is not None:
             raise ValueError(f"attention: impl {impl!r} can't do this: {lack}; 'reference' can")
         return Explanation(impl, ("it was asked for",))
     reasons = []
     for name in ("native", "cpu") if q.device.type == "cpu" else ("sdpa",):
-        lack = _lacks(name, q, k, v, softcap)
+        lack = _lacks(name, q, k, v, softcap, wants_lse)
         if lack is None:
             return Explanation(name, (*reasons, "it is the fastest of those that can do this"))
         reasons.append(f"{name} can't: {lack}")
     return Explanation("reference", tuple(reasons))
 
 
-def _lacks(impl: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str | None:
+def _lacks(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, wants_lse: bool
+) -> str | None:
     match impl:
         case "native":
             return native.lacks(q, k, v)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
+        case "flex":
+            return flex.lacks(q, k, v, wants_lse)
         case _:
             return fused.lacks(q, k, v, softcap)
 

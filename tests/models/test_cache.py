@@ -11,6 +11,7 @@ from tiny import COMMON, random_ids, tiny, tiny_llama
 
 from attnspan.cache import Dense, Int4, Int8
 from attnspan.models import Cache, attach
+from attnspan.models.budget import planned_bytes
 from attnspan.patterns import SlidingWindow
 from attnspan.policies import KeepAll, SinkWindow, Window, parse
 
@@ -421,11 +422,33 @@ def test_growing_the_batch_stays_within_max_bytes(model) -> None:
         assert cache.batch_size == 1
         one = cache.caches[0].limit
         cache.batch_repeat_interleave(3)
-        assert cache.caches[0].limit < one
+        limit = cache.caches[0].limit
+        assert limit < one
         assert all(lane.limit == cache.caches[0].limit for lane in cache.caches[0].lanes)
         with pytest.raises(RuntimeError, match="all that max_bytes allows"):
             stream(model, cache, random_ids(20_000, batch=3))
+        fresh = Cache(model, KeepAll(), max_bytes=4_000_000)
+        logits(model, fresh, random_ids(5, batch=3))
+        assert limit == fresh.caches[0].limit, "as if it had started with three rows"
+        assert cache.tokens_held <= limit
+        assert all(x.shape[2] <= limit for x in cache.caches[0].lanes[0].fields.values())
         assert cache.peak_bytes <= 4_000_000
+
+
+def test_beams_fit_the_budget_that_their_rows_were_planned_for() -> None:
+    deep = tiny_llama(num_hidden_layers=16)
+    ids = random_ids(20)
+    settings = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False}
+    with attach(deep):
+        with pytest.raises(ValueError, match="needs at least") as caught:
+            logits(deep, Cache(deep, SinkWindow(2, 50), max_bytes=5_200_000), random_ids(4, 9999))
+        assert "for a batch of 9999" in str(caught.value)
+        plain = deep.generate(ids, past_key_values=Cache(deep, SinkWindow(2, 50)), **settings)
+        planned = planned_bytes(Cache(deep, SinkWindow(2, 50)), 4, None)
+        cache = Cache(deep, SinkWindow(2, 50), max_bytes=planned)
+        assert deep.generate(ids, past_key_values=cache, **settings).tolist() == plain.tolist()
+        cache.batch_select_indices(torch.tensor([0, 1, 3]))
+        assert cache.batch_size == 3
 
 
 def test_int4_under_a_budget_plans_its_warm_up(model) -> None:
@@ -524,6 +547,32 @@ def test_a_chunk_that_fails_leaves_no_half_stream(model) -> None:
         other = tiny_llama(output_hidden_states=True)
         with attach(other), pytest.raises(ValueError, match="output_hidden_states is given"):
             logits(other, Cache(other, Window(5), chunk=4), ids)
+
+
+def test_an_error_after_tokens_went_in_is_not_forgotten(model) -> None:
+    ids = random_ids(12)
+    with attach(model):
+        for chunk in (4, 100):
+            cache = Cache(model, Window(5), chunk=chunk)
+            model.lm_head.forward = lambda x: 1 / 0
+            try:
+                with pytest.raises(ZeroDivisionError):
+                    logits(model, cache, ids)
+            finally:
+                del model.lm_head.forward
+            with pytest.raises(RuntimeError, match="half-updated"):
+                logits(model, cache, ids)
+        cache = Cache(model, Window(5), chunk=4)
+        for wanted, value in (("logits_to_keep", -3), ("output_router_logits", True)):
+            with pytest.raises(ValueError, match=f"{wanted} is"):
+                logits(model, cache, ids, **{wanted: value})
+        bias = torch.zeros(1, 12).masked_fill(torch.arange(12) < 3, -torch.inf)
+        with pytest.raises(ValueError, match="attention_mask has other numbers than 0 and 1"):
+            logits(model, cache, ids, attention_mask=bias)
+        assert cache.tokens_seen == 0
+        other = tiny_llama(output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions is True"), attach(other):
+            pass
 
 
 def test_a_decoder_without_a_head_attaches(model) -> None:

@@ -317,6 +317,16 @@ class Lane(ABC):
                 "the state's tensors don't fit its counts, or hold more than max_bytes allows"
             )
 
+    def bound(self, limit: int | None) -> None:
+        """Takes a new limit; slots beyond it, which must be free, are given back."""
+        self.limit = limit
+        if limit is None or self.policy.capacity is not None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for name, x in self.fields.items():
+                if x.shape[2] > limit:
+                    self.fields[name] = x[:, :, :limit].clone()
+
     @property
     def slots_bound(self) -> bool:
         """Whether policy or limit bound the slots."""

@@ -121,7 +121,7 @@ class LayerCache:
         """From now on, a policy without a bound may use `limit` slots."""
         self.limit = limit
         for lane in (*self.lanes, *(copy for journal in self.journals for copy in journal.copies)):
-            lane.limit = limit
+            lane.bound(limit)
 
     @property
     def nbytes(self) -> int:

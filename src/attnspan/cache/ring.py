@@ -338,13 +338,13 @@ class RingLane(Lane):
 
     def _grow(self, slots: int) -> None:
         held = next(iter(self.fields.values())).shape[2]
-        if slots <= held:
-            return
         if self.limit is not None and slots > self.limit:
             raise RuntimeError(
                 f"policy keep-all: the cache is full with {held} tokens, all that max_bytes "
                 "allows; a policy with a window streams on"
             )
+        if slots <= held:
+            return
         wanted = max(slots, int(held * 1.5)) if self.limit is None else slots
         slots = -(-wanted // _GROWTH) * _GROWTH if self.limit is None else wanted
         with torch.inference_mode(False):

@@ -54,6 +54,7 @@ class Build:
         library: None where it couldn't be built.
         lack: half a sentence that says why; None where it could.
         compiler: the compiler's own first line about itself.
+        compiler_path: the command that runs it.
         vectors: the widest vectors that it uses.
         path: where the library lies.
     """
@@ -61,6 +62,7 @@ class Build:
     library: Any
     lack: str | None = None
     compiler: str = ""
+    compiler_path: str = ""
     vectors: str = ""
     path: str = ""
 
@@ -81,12 +83,17 @@ def build() -> Build:
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError, _Failed) as error:
         return Build(None, f"it couldn't be built: {error}")
+    vectors = _bound(library).attnspan_vectors().decode()
+    return Build(library, None, about, compiler, vectors, str(path))
+
+
+def _bound(library: ctypes.CDLL) -> ctypes.CDLL:
     library.attnspan_vectors.restype = ctypes.c_char_p
     for name in ("forward", "backward", "received", "decode"):
         function = getattr(library, f"attnspan_{name}")
         function.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_double)
         function.restype = None
-    return Build(library, None, about, library.attnspan_vectors().decode(), str(path))
+    return library
 
 
 class _Failed(RuntimeError):

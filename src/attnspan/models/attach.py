@@ -127,8 +127,24 @@ class _Attachment:
         cache: Cache = kwargs["past_key_values"]
         name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
         whole = kwargs.get(name)
-        if whole is None or whole.shape[1] <= cache.chunk:
-            return self._one(forward, kwargs)
+        before = cache.columns
+        try:
+            if whole is None or whole.shape[1] <= cache.chunk:
+                return self._one(forward, kwargs)
+            return self._each_chunk(forward, kwargs, cache, name, whole)
+        except BaseException:
+            # What was taken in before the error can't be taken back.
+            cache.broken = cache.broken or cache.columns != before
+            raise
+
+    def _each_chunk(
+        self,
+        forward: Callable[..., Any],
+        kwargs: dict[str, Any],
+        cache: Cache,
+        name: str,
+        whole: Tensor,
+    ) -> Any:
         batch, length = whole.shape[:2]
         self._check_whole(cache, kwargs, batch, length)
         keep = kwargs.get("logits_to_keep") or 0
@@ -146,11 +162,7 @@ class _Attachment:
             mask = kwargs.get("attention_mask")
             if mask is not None:
                 part["attention_mask"] = mask[:, mask.shape[1] - length :][:, start:stop]
-            try:
-                results = self._one(forward, part)
-            except BaseException:
-                cache.broken = cache.broken or start > 0  # earlier chunks are in already
-                raise
+            results = self._one(forward, part)
             if not (isinstance(keep, int) and keep and stop <= length - keep):
                 outputs.append(_first(results))
         joined = torch.cat(outputs, dim=1)
@@ -164,22 +176,30 @@ class _Attachment:
 
     def _check_whole(self, cache: Cache, kwargs: dict[str, Any], batch: int, length: int) -> None:
         """What would fail, or come out wrong, in a later chunk is refused before the first."""
-        for wanted in ("labels", "output_hidden_states", "output_attentions"):
-            default = None if wanted == "labels" else getattr(self.model.config, wanted, None)
-            value = kwargs.get(wanted)
-            value = default if value is None else value
-            if value is not None and value is not False:
+        flags = ("output_hidden_states", "output_attentions", "output_router_logits")
+        for wanted in ("labels", *flags):
+            if self._asked(wanted, kwargs):
                 raise ValueError(
                     f"{wanted} is given with {length} tokens, which go through in chunks of "
                     f"{cache.chunk}; a chunk's length or less is allowed"
                 )
-        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        keep = kwargs.get("logits_to_keep", 0)
+        keep = 0 if keep is None else keep
+        if not isinstance(keep, int) or keep < 0:
+            got = "a tensor" if isinstance(keep, Tensor) else repr(keep)
             raise ValueError(
-                f"logits_to_keep is a tensor with {length} tokens, which go through in chunks of "
-                f"{cache.chunk}; a whole number is allowed"
+                f"logits_to_keep is {got} with {length} tokens, which go through in chunks of "
+                f"{cache.chunk}; a whole number of at least 0 is allowed"
             )
         new = cache.new_tokens(batch, length, kwargs.get("attention_mask"))
         self._check_positions(kwargs.get("position_ids"), cache, new, batch, length)
+
+    def _asked(self, name: str, kwargs: dict[str, Any]) -> bool:
+        """Whether a call, or else the model's config, asks for something."""
+        value = kwargs.get(name)
+        if value is None and name != "labels":
+            value = getattr(self.model.config, name, None)
+        return value is not None and value is not False
 
     def _base_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         cache: Cache = kwargs["past_key_values"]
@@ -202,7 +222,7 @@ class _Attachment:
         cache: Cache = kwargs["past_key_values"]
         if cache.model is not self.model:
             raise ValueError("past_key_values is an attnspan.Cache made for another model")
-        if kwargs.get("output_attentions"):
+        if self._asked("output_attentions", kwargs):
             raise ValueError("output_attentions is True; a bounded cache has no weights to return")
         whole = (
             kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]

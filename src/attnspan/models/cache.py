@@ -141,7 +141,13 @@ class Cache(TransformersCache):
                 f"attention_mask is {got}; with an attnspan.Cache "
                 f"{' or '.join(map(str, sorted(shapes)))} is allowed, which marks padding"
             )
-        marks = mask.cpu().bool()  # the one copy to the host
+        marks = mask.cpu()  # the one copy to the host
+        if marks.is_floating_point() and not ((marks == 0) | (marks == 1)).all():
+            raise ValueError(
+                "attention_mask has other numbers than 0 and 1; with an attnspan.Cache it marks "
+                "tokens by 1 and padding by 0, and isn't added to scores"
+            )
+        marks = marks.bool()
         past, new = marks[:, :-width], marks[:, -width:]
         if past.shape[1]:
             held = torch.zeros_like(past)
@@ -328,7 +334,7 @@ class Cache(TransformersCache):
         if not self.rows:
             return
         indices = indices.cpu()
-        self._check_growth(len(indices))
+        self._make_room(len(indices))
         lane_of = {row: (lane, at) for lane, m in enumerate(self.rows) for at, row in enumerate(m)}
         chosen: dict[int, list[tuple[int, int]]] = {}
         for new, old in enumerate(indices.tolist()):
@@ -339,21 +345,26 @@ class Cache(TransformersCache):
         self.rows = [[new for new, _ in c] for c in chosen.values()]
         self.seen = [self.seen[lane] for lane in chosen]
         self.runs = [list(self.runs[lane]) for lane in chosen]
-        self._check_budget(len(indices))
 
-    def _check_growth(self, batch: int) -> None:
-        """Raises ValueError where the new rows, or old and new side by side, pass the budget."""
+    def _make_room(self, batch: int) -> None:
+        """Bounds the layers for another batch; raises ValueError where that passes the budget."""
         if self.max_bytes is None:
             return
         limit = held_limit(self, batch)
-        slots = max((lane.tokens_held for c in self.caches for lane in c.lanes), default=0)
-        needed = self.nbytes * (self.batch_size + batch) // self.batch_size
+        open_ended = [c for c in self.caches if c.policy.capacity is None]
+        slots = max((lane.tokens_held for c in open_ended for lane in c.lanes), default=0)
+        # One layer after the other is copied, so its old rows and its new ones stand side by side.
+        largest = max(cache.nbytes for cache in self.caches)
+        needed = self.nbytes * batch // self.batch_size + largest
         if needed > self.max_bytes or (limit is not None and slots > limit):
             raise ValueError(
-                f"a batch of {batch} doesn't fit max_bytes, {self.max_bytes}: {slots} tokens are "
-                f"held in {self.nbytes} bytes for {self.batch_size}, and both stand side by side "
-                "while rows are copied"
+                f"a batch of {batch} doesn't fit max_bytes, {self.max_bytes}: "
+                f"{self.tokens_held} tokens are held in {self.nbytes} bytes for {self.batch_size}, "
+                "and a layer's old and new rows stand side by side while they are copied"
             )
+        for cache in self.caches:
+            cache.bound(limit)
+        self.tables.limit = planned_tables(self, limit)
 
     # Snapshots ------------------------------------------------------------------------------------
 
@@ -400,13 +411,20 @@ class Cache(TransformersCache):
         limit = None
         if self.max_bytes is not None:
             limit = held_limit(self, sum(map(len, meta["rows"])) or 1)
-        restored = self._empty(limit)
-        for i, (cache, counts) in enumerate(zip(restored, meta["layers"], strict=True)):
-            prefix = f"{i}."
-            named = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-            cache.restore(named, counts, self.dtype, self.device)
+        named: list[dict[str, Tensor]] = [{} for _ in self.caches]
+        for name, x in tensors.items():
+            layer, _, rest = name.partition(".")
+            if not layer.isdecimal() or int(layer) >= len(named):
+                raise ValueError(f"the state has a tensor {name!r} of no layer of this cache")
+            named[int(layer)][rest] = x
+        # Held against what this cache would allocate first; only then are old layers let go.
+        nowhere = torch.device("meta")
+        for cache, own, counts in zip(self._empty(limit), named, meta["layers"], strict=True):
+            cache.restore({n: x.to(nowhere) for n, x in own.items()}, counts, self.dtype, nowhere)
         self._clear()
-        self.caches = restored
+        self.caches = self._empty(limit)
+        for cache, own, counts in zip(self.caches, named, meta["layers"], strict=True):
+            cache.restore(own, counts, self.dtype, self.device)
         for name in names:
             setattr(self, name, meta[name])
         self.runs = [[(a, b) for a, b in lane] for lane in self.runs]

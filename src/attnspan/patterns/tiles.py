@@ -167,6 +167,11 @@ def plan(
     return tuple(passes)
 
 
+def whole(pattern: Pattern, n: int, m: int, q_offset: int, tile: int = 128) -> Tiles:
+    """The tiles of a pattern in one pass, strides and all: what they touch is then in doubt."""
+    return _tiles(_near(pattern.rule(), n, m, q_offset), n, m, q_offset, tile)
+
+
 def pairs(pattern: Pattern, n: int, m: int | None = None, q_offset: int | None = None) -> int:
     """How many pairs of `n` queries and `m` keys see each other: O(n) time, little memory.
 
