@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from attnspan.cache import Int8 as Int8
     from attnspan.dispatch import attention as attention
     from attnspan.dispatch import explain as explain
+    from attnspan.dispatch import received as received
     from attnspan.models import Cache as Cache
     from attnspan.models import attach as attach
+    from attnspan.patterns import Blockwise as Blockwise
     from attnspan.patterns import Causal as Causal
+    from attnspan.patterns import Documents as Documents
     from attnspan.patterns import Full as Full
+    from attnspan.patterns import GlobalTokens as GlobalTokens
+    from attnspan.patterns import Longformer as Longformer
     from attnspan.patterns import Sinks as Sinks
     from attnspan.patterns import SlidingWindow as SlidingWindow
+    from attnspan.patterns import Strided as Strided
     from attnspan.policies import Compressive as Compressive
     from attnspan.policies import HeavyHitter as HeavyHitter
     from attnspan.policies import KeepAll as KeepAll
@@ -32,10 +38,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "dispatch": ("attention", "explain"),
+    "dispatch": ("attention", "explain", "received"),
     "cache": ("Dense", "Int4", "Int8"),
     "models": ("Cache", "attach"),
-    "patterns": ("Causal", "Full", "Sinks", "SlidingWindow"),
+    "patterns": (
+        "Blockwise",
+        "Causal",
+        "Documents",
+        "Full",
+        "GlobalTokens",
+        "Longformer",
+        "Sinks",
+        "SlidingWindow",
+        "Strided",
+    ),
     "policies": ("Compressive", "HeavyHitter", "KeepAll", "PerLayer", "SinkWindow", "Window"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

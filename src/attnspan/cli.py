@@ -176,6 +176,37 @@ def compare(
 
 
 @app.command()
+def bench(
+    n: Annotated[int, _count(1, "Tokens of the comparison.")] = 16_384,
+    runs: Annotated[int, _count(1, "Runs of each case; medians are given.")] = 5,
+    json: Json = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Store this machine's rates for the planner instead.")
+    ] = False,
+) -> None:
+    """Time attention on this CPU: patterns, implementations and torch's own, side by side."""
+    from attnspan import bench as benchmark
+    from attnspan.evaluation.files import check_file, to_json, write_file
+
+    if json is not None and json != "-":
+        check_file(json)
+    about = benchmark.machine()
+    if calibrate:
+        typer.echo(f"The rates of {about['device']} are in {benchmark.calibrate()}.")
+        return
+    rows = benchmark.prefill(n, runs=runs) + benchmark.decode(runs=runs)
+    text = to_json({"meta": about, "rows": benchmark.as_json(rows)})
+    if json == "-":
+        sys.stdout.write(text)
+        return
+    if json is not None:
+        write_file(json, text.encode())
+    typer.echo(f"{about['device']}, {about['threads']} threads, torch {about['torch']}")
+    typer.echo(f"C++ kernels: {about['native']}")
+    typer.echo(benchmark.table(rows))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = (
         Path("demo")

@@ -8,10 +8,6 @@
 
 #include "native.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #ifndef WRONG_BY  // tests build it wrong, to see that they would notice
 #define WRONG_BY 0
 #endif
@@ -331,17 +327,6 @@ struct Backward {
   }
 };
 
-// A fresh output is touched first here: in huge pages where there are any, that is fewer faults.
-void in_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 2 << 20;
-  uintptr_t start = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
-  if (start < end) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 int64_t largest_tile(const Problem& p) {
   int64_t most = 1;
   for (int64_t j = 0; j < p.jobs; j++) most = std::max(most, p.job[j].tile);
@@ -373,7 +358,6 @@ extern "C" {
 
 void attnspan_forward(const int64_t* numbers, double scale, double softcap) {
   Problem p = problem(numbers, scale, softcap);
-  in_huge_pages(p.out.data, p.batch * p.heads * p.n * p.value_width * (p.out.kind == F32 ? 4 : 2));
   std::vector<int64_t> ends;
   int64_t all = 0;
   for (int64_t j = 0; j < p.jobs; j++) ends.push_back(all += tiles(p.job[j]));

@@ -144,6 +144,13 @@ def _openmp() -> str:
     return "-fopenmp"
 
 
+@torch.compiler.assume_constant_result
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
+    return "amx_bf16" in _processor()
+
+
+@lru_cache(maxsize=1)
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
