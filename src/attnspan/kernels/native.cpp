@@ -193,15 +193,21 @@ struct Forward {
   }
 
   void strip(int64_t at, int some, const uint64_t* seen, const float* value, int64_t stride, int count) {
-    products<false>(q.at + at * p.width, p.width, 1, kt.at, BLOCK, s.at, BLOCK, some, BLOCK, p.width);
-    finish(s.at, seen, some, p.softcap);
+    uint64_t any = 0;
+    for (int x = 0; x < some; x++) any |= seen[x];
+    // Keys at either end that no row of the strip sees are left out, by whole vectors.
+    int low = __builtin_ctzll(any) / LANES, high = (63 - __builtin_clzll(any)) / LANES + 1;
+    scores(q.at + at * p.width, p.width, kt.at, s.at, some, p.width, low, high);
+    finish(s.at, seen, some, p.softcap, low, high);
     for (int x = 0; x < some; x++) {
-      float keep = soft[at + x].take(s.at + x * BLOCK);
+      float keep = soft[at + x].take(s.at + x * BLOCK, low, high);
       if (keep == 1.0f) continue;
       float* o = out.at + (at + x) * values;
       for (int d = 0; d < values; d += LANES) store(o + d, load(o + d) * keep);
     }
-    products<true>(s.at, BLOCK, 1, value, stride, out.at + at * values, values, some, values, count);
+    int first = low * LANES, depth = std::min(count, high * LANES) - first;
+    products<true>(s.at + first, BLOCK, 1, value + first * stride, stride, out.at + at * values, values, some,
+                   values, depth);
   }
 };
 

@@ -45,8 +45,22 @@ inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf splat(float x) { return x - vf{}; }
 inline vf choose(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }
-inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-inline float largest(vf v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
+
+// Halves are folded onto each other, which takes a few steps in place of one a lane.
+inline float sum(vf v) {
+  float x[LANES];
+  store(x, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[half + i];
+  return x[0];
+}
+inline float largest(vf v) {
+  float x[LANES];
+  store(x, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = x[half + i] > x[i] ? x[half + i] : x[i];
+  return x[0];
+}
 
 // The sums of four vectors at once: halves of pairs are added, then quarters, in place of lane by lane.
 inline void sums(vf a, vf b, vf c, vf d, float* to) {
@@ -180,62 +194,84 @@ struct View {
   }
 };
 
-// C (R x WIDE) += or = A (R x depth) B (depth x WIDE).
-template <int R, bool ADD, class T>
+// C (R x V vectors) += or = A (R x depth) B (depth x V vectors).
+template <int R, bool ADD, int V, class T>
 inline void product(const float* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row,
                     float* c, int64_t c_row, int depth) {
-  vf acc[R][COLUMNS];
+  vf acc[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < COLUMNS; v++) acc[r][v] = ADD ? load(c + r * c_row + v * LANES) : vf{};
+    for (int v = 0; v < V; v++) acc[r][v] = ADD ? load(c + r * c_row + v * LANES) : vf{};
   for (int k = 0; k < depth; k++) {
-    vf line[COLUMNS];
-    for (int v = 0; v < COLUMNS; v++) line[v] = widen(b + k * b_row + v * LANES);
+    vf line[V];
+    for (int v = 0; v < V; v++) line[v] = widen(b + k * b_row + v * LANES);
     for (int r = 0; r < R; r++) {
       vf x = splat(a[r * a_row + k * a_step]);
-      for (int v = 0; v < COLUMNS; v++) acc[r][v] += x * line[v];
+      for (int v = 0; v < V; v++) acc[r][v] += x * line[v];
     }
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < COLUMNS; v++) store(c + r * c_row + v * LANES, acc[r][v]);
+    for (int v = 0; v < V; v++) store(c + r * c_row + v * LANES, acc[r][v]);
+}
+
+// The same for up to STRIP rows.
+template <bool ADD, int V, class T>
+inline void strip_product(const float* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, float* c,
+                          int64_t c_row, int rows, int depth) {
+  switch (rows) {
+    case 1: product<1, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth); break;
+    case 2: product<2, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth); break;
+    case 3: product<3, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth); break;
+    case 4: product<4, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth); break;
+    case 5: product<5, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth); break;
+    default: product<6, ADD, V>(a, a_row, a_step, b, b_row, c, c_row, depth);
+  }
 }
 
 // The same for any number of rows, and a width of whole WIDEs.
 template <bool ADD, class T>
 void products(const float* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, float* c,
               int64_t c_row, int rows, int width, int depth) {
-  for (int from = 0; from < rows; from += STRIP) {
-    const float* x = a + from * a_row;
-    for (int w = 0; w < width; w += WIDE) {
-      const T* y = b + w;
-      float* z = c + from * c_row + w;
-      switch (rows - from < STRIP ? rows - from : STRIP) {
-        case 1: product<1, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 2: product<2, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 3: product<3, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 4: product<4, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        case 5: product<5, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth); break;
-        default: product<6, ADD>(x, a_row, a_step, y, b_row, z, c_row, depth);
-      }
-    }
+  for (int from = 0; from < rows; from += STRIP)
+    for (int w = 0; w < width; w += WIDE)
+      strip_product<ADD, COLUMNS>(a + from * a_row, a_row, a_step, b + w, b_row, c + from * c_row + w, c_row,
+                                  std::min(STRIP, rows - from), depth);
+}
+
+// Scores of a strip against the keys of a block's vectors `low` to `high`: K lies a row a channel.
+inline void scores(const float* q, int64_t q_row, const float* kt, float* s, int rows, int width, int low,
+                   int high) {
+  for (int v = low; v < high; v += COLUMNS) {
+    const float* b = kt + v * LANES;
+    float* c = s + v * LANES;
+    int some = std::min(COLUMNS, high - v);
+    if (some == 1) strip_product<false, 1>(q, q_row, 1, b, BLOCK, c, BLOCK, rows, width);
+    else if (some == 2) strip_product<false, 2>(q, q_row, 1, b, BLOCK, c, BLOCK, rows, width);
+    else if (some == 3) strip_product<false, 3>(q, q_row, 1, b, BLOCK, c, BLOCK, rows, width);
+    else strip_product<false, COLUMNS>(q, q_row, 1, b, BLOCK, c, BLOCK, rows, width);
   }
 }
 
 inline int padded(int width) { return (width + WIDE - 1) / WIDE * WIDE; }
 
-// Scores in base 2 of a strip, masked: `s` holds rows of 64.
-inline void finish(float* s, const uint64_t* words, int rows, float softcap) {
-  static const vi powers = [] { vi p; for (int i = 0; i < LANES; i++) p[i] = 1 << i; return p; }();
+// Scores in base 2 of a strip, masked: `s` holds rows of 64, of which vectors `low` to `high` count.
+inline void finish(float* s, const uint64_t* words, int rows, float softcap, int low = 0,
+                   int high = BLOCK / LANES) {
+  static const vi powers = [] {
+    vi p;
+    for (int i = 0; i < LANES; i++) p[i] = 1 << i;
+    return p;
+  }();
   for (int r = 0; r < rows; r++) {
     float* row = s + r * BLOCK;
     if (softcap > 0)
-      for (int v = 0; v < BLOCK; v += LANES) {
+      for (int v = low * LANES; v < high * LANES; v += LANES) {
         vf e = exp2v(load(row + v) * (2 * LOG2E));
         // tanh, at its ends where e has left the range of floats.
         vf t = choose(e > 1e30f, splat(1.0f), (e - 1.0f) / (e + 1.0f));
         store(row + v, t * (softcap * LOG2E));
       }
     if (words && words[r] != ~0ull)
-      for (int v = 0; v < BLOCK; v += LANES) {
+      for (int v = low * LANES; v < high * LANES; v += LANES) {
         int32_t part = (int32_t)(words[r] >> v & ((1ull << LANES) - 1));
         vi seen = ((part + vi{}) & powers) != 0;
         store(row + v, choose(seen, load(row + v), splat(NONE)));
@@ -246,10 +282,11 @@ inline void finish(float* s, const uint64_t* words, int rows, float softcap) {
 struct Softmax {
   float top = NONE, total = 0;
 
-  // Turns a row of scores into weights; returns what earlier results must be multiplied by.
-  float take(float* row) {
-    vf most = load(row);
-    for (int v = LANES; v < BLOCK; v += LANES) {
+  // Turns a row of scores, its vectors `low` to `high`, into weights; returns what earlier results
+  // must be multiplied by.
+  float take(float* row, int low = 0, int high = BLOCK / LANES) {
+    vf most = load(row + low * LANES);
+    for (int v = (low + 1) * LANES; v < high * LANES; v += LANES) {
       vf x = load(row + v);
       most = choose(x > most, x, most);
     }
@@ -258,7 +295,7 @@ struct Softmax {
     // Nothing seen yet: any finite number in its place turns minus infinity into a weight of zero.
     float base = top == NONE ? 0 : top;
     vf added{};
-    for (int v = 0; v < BLOCK; v += LANES) {
+    for (int v = low * LANES; v < high * LANES; v += LANES) {
       vf w = exp2v(load(row + v) - base);
       store(row + v, w);
       added += w;
