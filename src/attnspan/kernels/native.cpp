@@ -199,11 +199,12 @@ struct Forward {
     int low = __builtin_ctzll(any) / LANES, high = (63 - __builtin_clzll(any)) / LANES + 1;
     scores(q.at + at * p.width, p.width, kt.at, s.at, some, p.width, low, high);
     finish(s.at, seen, some, p.softcap, low, high);
+    float keep[STRIP];
+    take(&soft[at], s.at, some, keep, low, high);
     for (int x = 0; x < some; x++) {
-      float keep = soft[at + x].take(s.at + x * BLOCK, low, high);
-      if (keep == 1.0f) continue;
+      if (keep[x] == 1.0f) continue;
       float* o = out.at + (at + x) * values;
-      for (int d = 0; d < values; d += LANES) store(o + d, load(o + d) * keep);
+      for (int d = 0; d < values; d += LANES) store(o + d, load(o + d) * keep[x]);
     }
     int first = low * LANES, depth = std::min(count, high * LANES) - first;
     products<true>(s.at + first, BLOCK, 1, value + first * stride, stride, out.at + at * values, values, some,

@@ -46,24 +46,18 @@ inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf splat(float x) { return x - vf{}; }
 inline vf choose(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }
 
-// Halves are folded onto each other, which takes a few steps in place of one a lane.
-inline float sum(vf v) {
-  float x[LANES];
-  store(x, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[half + i];
-  return x[0];
-}
-inline float largest(vf v) {
-  float x[LANES];
-  store(x, v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = x[half + i] > x[i] ? x[half + i] : x[i];
-  return x[0];
-}
+struct Plus {
+  static vf two(vf a, vf b) { return a + b; }
+  static float two(float a, float b) { return a + b; }
+};
+struct Most {
+  static vf two(vf a, vf b) { return choose(a > b, a, b); }
+  static float two(float a, float b) { return a > b ? a : b; }
+};
 
-// The sums of four vectors at once: halves of pairs are added, then quarters, in place of lane by lane.
-inline void sums(vf a, vf b, vf c, vf d, float* to) {
+// Folds four vectors at once, halves of pairs and then quarters, in place of lane by lane.
+template <class Fold>
+inline void fold(vf a, vf b, vf c, vf d, float* to) {
   static const struct Order {
     vi even, odd, low, high;
     Order() {
@@ -73,15 +67,25 @@ inline void sums(vf a, vf b, vf c, vf d, float* to) {
       }
     }
   } order;
-  vf ab = __builtin_shuffle(a, b, order.even) + __builtin_shuffle(a, b, order.odd);
-  vf cd = __builtin_shuffle(c, d, order.even) + __builtin_shuffle(c, d, order.odd);
-  vf all = __builtin_shuffle(ab, cd, order.low) + __builtin_shuffle(ab, cd, order.high);
+  vf ab = Fold::two(__builtin_shuffle(a, b, order.even), __builtin_shuffle(a, b, order.odd));
+  vf cd = Fold::two(__builtin_shuffle(c, d, order.even), __builtin_shuffle(c, d, order.odd));
+  vf all = Fold::two(__builtin_shuffle(ab, cd, order.low), __builtin_shuffle(ab, cd, order.high));
   float fours[LANES];
   store(fours, all);
   for (int x = 0; x < 4; x++) {
     to[x] = fours[x];
-    for (int i = 4; i < LANES; i += 4) to[x] += fours[i + x];
+    for (int i = 4; i < LANES; i += 4) to[x] = Fold::two(to[x], fours[i + x]);
   }
+}
+
+// The same for the rows of a strip.
+template <class Fold>
+inline void fold_strip(const vf* rows, float* to) {
+  static_assert(STRIP == 6, "two folds of four take six rows");
+  float rest[4];
+  fold<Fold>(rows[0], rows[1], rows[2], rows[3], to);
+  fold<Fold>(rows[4], rows[5], rows[4], rows[5], rest);
+  to[4] = rest[0], to[5] = rest[1];
 }
 
 // 2^x; exactly 0 below 2^-126, NaN for NaN.
@@ -282,31 +286,42 @@ inline void finish(float* s, const uint64_t* words, int rows, float softcap, int
 struct Softmax {
   float top = NONE, total = 0;
 
-  // Turns a row of scores, its vectors `low` to `high`, into weights; returns what earlier results
-  // must be multiplied by.
-  float take(float* row, int low = 0, int high = BLOCK / LANES) {
-    vf most = load(row + low * LANES);
-    for (int v = (low + 1) * LANES; v < high * LANES; v += LANES) {
-      vf x = load(row + v);
-      most = choose(x > most, x, most);
-    }
-    float best = largest(most), before = top;
-    if (best > top) top = best;
-    // Nothing seen yet: any finite number in its place turns minus infinity into a weight of zero.
-    float base = top == NONE ? 0 : top;
-    vf added{};
-    for (int v = low * LANES; v < high * LANES; v += LANES) {
-      vf w = exp2v(load(row + v) - base);
-      store(row + v, w);
-      added += w;
-    }
-    float keep = top == before ? 1.0f : before == NONE ? 0.0f : std::exp2(before - top);
-    total = total * keep + sum(added);
-    return keep;
-  }
-
   float lse() const { return total == 0 ? NONE : ((top == NONE ? 0 : top) + std::log2(total)) * LN2; }
 };
+
+// Turns up to STRIP rows of scores, their vectors `low` to `high`, into weights; `keep` gets what the
+// rows' earlier results must be multiplied by.
+inline void take(Softmax* soft, float* s, int rows, float* keep, int low = 0, int high = BLOCK / LANES) {
+  vf line[STRIP];
+  float folded[STRIP], base[STRIP];
+  for (int r = 0; r < STRIP; r++) {
+    if (r >= rows) {
+      line[r] = line[0];
+      continue;
+    }
+    const float* row = s + r * BLOCK;
+    line[r] = load(row + low * LANES);
+    for (int v = (low + 1) * LANES; v < high * LANES; v += LANES) line[r] = Most::two(load(row + v), line[r]);
+  }
+  fold_strip<Most>(line, folded);
+  for (int r = 0; r < rows; r++) {
+    Softmax& x = soft[r];
+    float before = x.top;
+    if (folded[r] > x.top) x.top = folded[r];
+    // Nothing seen yet: any finite number in its place turns minus infinity into a weight of zero.
+    base[r] = x.top == NONE ? 0 : x.top;
+    keep[r] = x.top == before ? 1.0f : before == NONE ? 0.0f : std::exp2(before - x.top);
+    float* row = s + r * BLOCK;
+    line[r] = vf{};
+    for (int v = low * LANES; v < high * LANES; v += LANES) {
+      vf w = exp2v(load(row + v) - base[r]);
+      store(row + v, w);
+      line[r] += w;
+    }
+  }
+  fold_strip<Plus>(line, folded);
+  for (int r = 0; r < rows; r++) soft[r].total = soft[r].total * keep[r] + folded[r];
+}
 
 inline uint64_t bits_between(int64_t low, int64_t high) {
   if (low < 0) low = 0;

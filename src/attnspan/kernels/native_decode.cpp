@@ -161,7 +161,7 @@ struct Thread {
         c += load(q + 2 * width + at) * k;
         d += load(q + 3 * width + at) * k;
       }
-      sums(a, b, c, d, found[j]);
+      fold<Plus>(a, b, c, d, found[j]);
     }
     for (int x = 0; x < 4; x++) {
       float* row = scores.at + (r + x) * BLOCK;
@@ -212,19 +212,28 @@ struct Thread {
         for (int j = 0; j < count; j++) row[j] += mask[j] * LOG2E;
       }
       if (kept) std::memcpy(kept + r * stride, row, sizeof(float) * count);
-      float keep = soft[r].take(row);
-      if (keep != 1.0f) {
-        least[r] *= keep;
-        for (int d = 0; d < values; d += LANES) store(out + r * values + d, load(out + r * values + d) * keep);
+    }
+    for (int first = 0; first < rows; first += STRIP) {
+      float keep[STRIP];
+      int some = std::min(STRIP, rows - first);
+      take(soft + first, scores.at + first * BLOCK, some, keep);
+      for (int r = first; r < first + some; r++) {
+        if (keep[r - first] == 1.0f) continue;
+        least[r] *= keep[r - first];
+        float* to = out + r * values;
+        for (int d = 0; d < values; d += LANES) store(to + d, load(to + d) * keep[r - first]);
       }
-      if (part.storage == DENSE) continue;
-      vf below{};  // weights past the last key are zero, whatever stands beside them
+    }
+    for (int r = 0; r < rows && part.storage != DENSE; r++) {
+      float *row = scores.at + r * BLOCK, below[LANES];
+      vf under{};  // weights past the last key are zero, whatever stands beside them
       for (int v = 0; v < BLOCK; v += LANES) {
         vf weight = load(row + v);
-        if (part.storage == INT4) below += weight * load(value_least + v);
+        if (part.storage == INT4) under += weight * load(value_least + v);
         store(row + v, weight * load(value_scale + v));
       }
-      least[r] += sum(below);
+      store(below, under);
+      for (int i = 0; i < LANES && part.storage == INT4; i++) least[r] += below[i];
     }
     products<true>(scores.at, BLOCK, 1, lines, value_row, out, values, rows, values, count);
   }
