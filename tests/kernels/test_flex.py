@@ -55,11 +55,11 @@ def test_what_it_lacks_on_a_cpu_is_said() -> None:
             explain(q.double(), k.double(), v.double(), impl="flex")
 
 
-def test_past_the_recompile_limit_it_refuses(monkeypatch) -> None:
+def test_past_the_recompile_limit_it_refuses() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     q, k, v = make_qkv(64, 64)
-    attention(q, k, v, SlidingWindow(9), impl="flex")
-    with pytest.raises(RuntimeError, match="recompile_limit allows"):
-        attention(q[:, :, :50], k, v, SlidingWindow(9), impl="flex")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        attention(q, k, v, SlidingWindow(9), impl="flex")
+        with pytest.raises(RuntimeError, match="recompile_limit allows"):
+            attention(q[:, :, :50], k, v, SlidingWindow(9), impl="flex")
     torch._dynamo.reset()
