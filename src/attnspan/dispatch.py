@@ -117,7 +117,7 @@ def attention(
     sinks = sink_logits
     match _choose(q, k, v, softcap, return_lse or sinks is not None, impl).impl:
         case "native" | "cpu" as name:
-            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
+            out, lse = ops.attention(q, k, v, str(pattern), offset, factor, softcap, name)
         case "flex":
             wants_lse = return_lse or sinks is not None
             out, lse = flex.flex(
@@ -217,11 +217,6 @@ def received(
     kernel = cpu if native.lacks(q, k, k) else native
     passes = ops.passes(str(pattern), *lengths, kernel.TILE)
     return kernel.received(q, k, lse, passes, factor, softcap)
-
-
-@torch.compiler.assume_constant_result
-def _text(pattern: Pattern) -> str:
-    return str(pattern)
 
 
 def explain(

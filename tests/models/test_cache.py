@@ -406,6 +406,14 @@ def test_states_that_do_not_fit_change_nothing(model) -> None:
         for state in broken.values():
             with pytest.raises(ValueError, match="tensors don't fit"):
                 fresh.load_state(state, meta)
+        with pytest.raises(ValueError, match="counts are missing"):
+            fresh.load_state(tensors, meta | {"layers": [[{}] for _ in meta["layers"]]})
+        window = Cache(model, SinkWindow(2, 9))
+        logits(model, window, ids[:, :30])
+        tensors, meta = window.state()
+        fewer = {n: x[:, :, :6] if ".fields." in n else x for n, x in tensors.items()}
+        with pytest.raises(ValueError, match="tensors don't fit"):
+            window.load_state(fewer, meta)
         for cache in (small, fresh):
             assert cache.tokens_seen == 5
             assert logits(model, cache, ids[:, 5:6]).isfinite().all()

@@ -170,6 +170,8 @@ class CompactLane(Lane):
         return {**super().counts(), "held": self.held, "memory": self.memory}
 
     def restore(self, counts: dict[str, Any], tensors: Fields) -> None:
+        if not {"held", "memory"} <= counts.keys():
+            raise ValueError("the state is not whole: a layer's counts are missing")
         super().restore(counts, tensors)
         self.held, self.memory = counts["held"], counts["memory"]
 

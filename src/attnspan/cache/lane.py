@@ -300,10 +300,15 @@ class Lane(ABC):
                 expected[f"fields.{name}"] = x
         sizes = {x.shape[2] for name, x in tensors.items() if name.startswith("fields.")}
         slots = max(sizes, default=0)
-        most = self._slots_full() if self.slots_bound else None
+        if self.policy.capacity is None:  # it grows by and by: what is held must be there
+            least, most = self._slots_seen(), self.limit
+        else:
+            frozen = self._warm and self.seen >= self._freeze_at
+            least = most = self._slots_full() if frozen else self._slots_needed()
         if (
             tensors.keys() != expected.keys()
             or len(sizes) > 1
+            or slots < least
             or (most is not None and slots > most)
             or any(
                 x.dtype != tensors[name].dtype
@@ -327,10 +332,9 @@ class Lane(ABC):
                 if x.shape[2] > limit:
                     self.fields[name] = x[:, :, :limit].clone()
 
-    @property
-    def slots_bound(self) -> bool:
-        """Whether policy or limit bound the slots."""
-        return self.policy.capacity is not None or self.limit is not None
+    def _slots_seen(self) -> int:
+        """The slots that the tokens seen take up, where nothing is ever given up."""
+        return self.seen
 
     def restore(self, counts: dict[str, Any], tensors: Fields) -> None:
         """Takes over a state that `counts()` and `tensors()` gave.

@@ -297,6 +297,7 @@ class Cache(TransformersCache):
         Raises:
             ValueError: when that many can't be taken back.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation counts in tensors
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove is {tokens_to_remove}; a negative number, how many tokens to "
@@ -411,6 +412,13 @@ class Cache(TransformersCache):
         limit = None
         if self.max_bytes is not None:
             limit = held_limit(self, sum(map(len, meta["rows"])) or 1)
+        counted = all(
+            isinstance(lane, dict) and isinstance(lane.get("batch"), int) and "seen" in lane
+            for layer in meta["layers"]
+            for lane in layer
+        )
+        if not counted:
+            raise ValueError("the state is not whole: a layer's counts are missing")
         named: list[dict[str, Tensor]] = [{} for _ in self.caches]
         for name, x in tensors.items():
             layer, _, rest = name.partition(".")

@@ -99,8 +99,9 @@ class And(Pattern):
         return some, all_
 
     def __str__(self) -> str:
-        left = f"({self.left})" if isinstance(self.left, Or) else str(self.left)
-        right = f"({self.right})" if isinstance(self.right, And | Or) else str(self.right)
+        left, right = str(self.left), str(self.right)
+        left = f"({left})" if isinstance(self.left, Or) else left
+        right = f"({right})" if isinstance(self.right, (And, Or)) else right
         return f"{left} & {right}"
 
 
@@ -124,8 +125,8 @@ class Or(Pattern):
         return some, all_
 
     def __str__(self) -> str:
-        right = f"({self.right})" if isinstance(self.right, Or) else str(self.right)
-        return f"{self.left} | {right}"
+        left, right = str(self.left), str(self.right)
+        return f"{left} | ({right})" if isinstance(self.right, Or) else f"{left} | {right}"
 
 
 @final
@@ -147,5 +148,5 @@ class Not(Pattern):
         return complement(all_, m), complement(some, m)
 
     def __str__(self) -> str:
-        inner = f"({self.pattern})" if isinstance(self.pattern, And | Or) else str(self.pattern)
-        return f"~{inner}"
+        inner = str(self.pattern)
+        return f"~({inner})" if isinstance(self.pattern, (And, Or)) else f"~{inner}"
