@@ -40,6 +40,25 @@ def test_it_compiles_whole(impl) -> None:
         torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_pattern_may_change_or_be_made_inside(dynamic) -> None:
+    q, k, v = make_qkv(30, 30)
+
+    def given(q, pattern):
+        return attention(q, k, v, pattern)
+
+    def made(q, window):
+        return attention(q, k, v, SlidingWindow(window) | Documents((9, window)))
+
+    for f, options in (
+        (given, [SlidingWindow(9), SlidingWindow(4), Documents((7, 23)), Documents((8, 22))]),
+        (made, [9, 4, 21]),
+    ):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for option in options:
+            torch.testing.assert_close(compiled(q, option), f(q, option))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_it_maps_over_the_batch(impl) -> None:
     q, k, v = make_qkv(12, 20, batch=3, heads=(4, 2))

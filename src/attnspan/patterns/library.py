@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any, final
 
 from attnspan.patterns.algebra import Pattern
@@ -85,9 +86,9 @@ class SlidingWindow(Pattern):
 
     def __str__(self) -> str:
         options = [] if self.include_self else ["include_self=False"]
-        options += [] if self.dilation == 1 else [f"dilation={self.dilation}"]
-        options += [] if not self.right else [f"right={self.right}"]
-        return f"SlidingWindow({', '.join([str(self.window), *options])})"
+        options += [] if self.dilation == 1 else [f"dilation={_text(self.dilation)}"]
+        options += [] if not self.right else [f"right={_text(self.right)}"]
+        return f"SlidingWindow({', '.join([_text(self.window), *options])})"
 
 
 @final
@@ -111,7 +112,7 @@ class Sinks(Pattern):
         return _CAUSAL & Keys(((0, self.sinks),) if self.sinks else ())
 
     def __str__(self) -> str:
-        return f"Sinks({self.sinks})"
+        return f"Sinks({_text(self.sinks)})"
 
 
 @final
@@ -140,7 +141,7 @@ class Strided(Pattern):
         return Distance(0, self.window) | (_CAUSAL & Stride(self.stride))
 
     def __str__(self) -> str:
-        return f"Strided({self.window}, {self.stride})"
+        return f"Strided({_text(self.window)}, {_text(self.stride)})"
 
 
 @final
@@ -174,7 +175,7 @@ class Blockwise(Pattern):
     def __str__(self) -> str:
         options = ["before=True"] if self.before else []
         options += [] if self.causal else ["causal=False"]
-        return f"Blockwise({', '.join([str(self.block), *options])})"
+        return f"Blockwise({', '.join([_text(self.block), *options])})"
 
 
 @final
@@ -206,7 +207,7 @@ class GlobalTokens(Pattern):
         return _causal_if(self.causal, _globals(self.tokens))
 
     def __str__(self) -> str:
-        return f"GlobalTokens({self.tokens}{'' if self.causal else ', causal=False'})"
+        return f"GlobalTokens({_text(self.tokens)}{'' if self.causal else ', causal=False'})"
 
 
 @final
@@ -236,8 +237,8 @@ class Longformer(Pattern):
         return window | _causal_if(not self.right, _globals(self.global_tokens))
 
     def __str__(self) -> str:
-        right = f", right={self.right}" if self.right else ""
-        return f"Longformer({self.window}, {self.global_tokens}{right})"
+        right = f", right={_text(self.right)}" if self.right else ""
+        return f"Longformer({_text(self.window)}, {_text(self.global_tokens)}{right})"
 
 
 @final
@@ -273,7 +274,15 @@ class Documents(Pattern):
         return _causal_if(self.causal, Segments((0, *accumulate(self.lengths))))
 
     def __str__(self) -> str:
-        return f"Documents({self.lengths}{'' if self.causal else ', causal=False'})"
+        return f"Documents({_text(self.lengths)}{'' if self.causal else ', causal=False'})"
+
+
+def _text(value: int | tuple[int, ...]) -> str:
+    """As `str`; under torch.compile `index` makes a number that may change a constant, guarded."""
+    if isinstance(value, tuple):
+        inside = ", ".join([str(index(x)) for x in value])
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return str(index(value))
 
 
 def _causal_if(causal: bool, rule: Pattern) -> Pattern:
