@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import pyplot
 from record import RESULTS, write
 
@@ -76,8 +77,10 @@ def main() -> None:
     print(bench.table(scaled), flush=True)
     found: dict[str, Any] = ratios(rows, decoded)
     for impl in ("native", "cpu"):
-        name = f"{impl} extra memory at {LENGTHS[-1]}, of the output's bytes"
-        found[name] = bench.extra_memory(LENGTHS[-1], impl)
+        for dtype in (torch.float32, torch.bfloat16):
+            for pattern in (bench.PATTERNS[1], bench.PATTERNS[3]):
+                name = f"{impl} extra memory at {LENGTHS[-1]}, {pattern}, {dtype}, of the output's"
+                found[name] = bench.extra_memory(LENGTHS[-1], impl, pattern, dtype)
     for name, value in found.items():
         print(f"{value:6.2f}  {name}")
     machine = bench.machine()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from attnspan.dispatch import IMPLS, Explanation, attention, explain, received
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
+from attnspan.patterns.library import MOST
 from attnspan.testing import assert_accurate, magnitudes, make_qkv, patterns
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -140,6 +141,47 @@ def test_gradients_reach_everything(impl: str) -> None:
         assert x.grad.any()
 
 
+@pytest.mark.parametrize(
+    ("impl", "scale", "softcap"),
+    [
+        *((impl, scale, None) for impl in ("native", "cpu", "sdpa") for scale in (0.0, -0.5)),
+        *(("native", scale, cap) for scale, cap in ((0.0, 2.0), (20.0, 0.5), (-20.0, 0.3))),
+    ],
+)
+def test_any_finite_scale_and_a_cap_that_saturates(impl, scale, softcap) -> None:
+    given = make_qkv(40, 40, heads=(4, 2), requires_grad=True)
+    options = {"scale": scale, "softcap": softcap, "return_lse": True}
+    results = []
+    for name in (impl, "reference"):
+        out, lse = attention(*given, SlidingWindow(9), impl=name, **options)
+        grads = torch.autograd.grad(out.square().sum() + lse.sum(), given)
+        results.append((out, lse, *grads))
+    torch.testing.assert_close(*results, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("impl", ["native", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(impl, dtype) -> None:
+    q, k, v = make_qkv(40, 40, heads=(4, 2), requires_grad=True)
+
+    def everything() -> list:
+        out, lse = attention(q, k, v, SlidingWindow(9), impl=impl, return_lse=True)
+        grads = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+        with torch.no_grad():
+            last = attention(q[:, :, -1:], k, v, SlidingWindow(9) | Sinks(2), impl=impl)
+            return [out, lse, *grads, last, received(q, k, SlidingWindow(9))]
+
+    expected, before = everything(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        got = everything()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_explain_says_which_and_why() -> None:
     q, k, v = make_qkv(2, 3)
     assert explain(q, k, v).impl == "native"
@@ -186,6 +228,7 @@ q, k, v = make_qkv(2, 3, heads=(4, 2))
         ((q, k, v), {"sink_logits": 1.0}, ValueError, "sink_logits is 1.0; None or a float tensor"),
         ((q, k, v), {"q_offset": 1.0}, ValueError, "q_offset is 1.0; None or a whole number"),
         ((q, k, v), {"q_offset": True}, ValueError, "q_offset is True"),
+        ((q, k, v), {"q_offset": 2**70}, ValueError, f"None or a number from {-MOST} to {MOST}"),
         (
             (q, k, v),
             {"impl": "flash"},

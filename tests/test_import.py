@@ -19,6 +19,12 @@ def test_import_loads_no_heavy_module() -> None:
     assert not loaded & {"torch", "numpy", "transformers", "safetensors", "typer", "rich"}
 
 
+def test_attention_loads_no_compiler() -> None:
+    out = run("import attnspan, json, sys; attnspan.attention; print(json.dumps([*sys.modules]))")
+    assert "torch" in json.loads(out)
+    assert not {"torch._dynamo", "torch._inductor", "triton"} & set(json.loads(out))
+
+
 def test_this_test_sees_a_heavy_module() -> None:
     out = run("import attnspan, torch, json, sys; print(json.dumps(sorted(sys.modules)))")
     assert "torch" in json.loads(out)

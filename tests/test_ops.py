@@ -17,6 +17,9 @@ def test_opcheck_passes(impl, pattern) -> None:
     q, k, v = make_qkv(40, 50, batch=2, heads=(4, 2), requires_grad=True)
     options = (str(pattern), 10, 0.3, None, impl)
     torch.library.opcheck(ops.attention, (q, k, v, *options))
+    turned = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    nothing = k.detach()[:, :, :0]
+    torch.library.opcheck(ops.attention, (turned, nothing, nothing, *options))
     out, lse = ops.attention(q, k, v, *options)
     saved = [x.detach() for x in (q, k, v, out, lse)]
     for grad_lse in (None, torch.randn_like(lse)):
@@ -71,6 +74,15 @@ def test_it_maps_over_the_batch(impl) -> None:
     torch.testing.assert_close(got, torch.stack([f(x, v) for x in several]))
     moved = torch.func.vmap(f, in_dims=(3, None), out_dims=1)(several.movedim(0, 3), v)
     torch.testing.assert_close(moved, got.movedim(0, 1))
+
+
+# Torch warns of its own past when it first makes a tangent.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forward_mode_derivatives_are_refused(impl) -> None:
+    q, k, v = make_qkv(12, 20, heads=(4, 2))
+    with pytest.raises(ValueError, match="forward-mode tangent"):
+        torch.func.jvp(lambda x: attention(x, k, v, impl=impl), (q,), (q,))
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:

@@ -170,14 +170,14 @@ def decode(n: int = 65_536, layers: int = 4, runs: int = 7) -> list[Row]:
     return _measured(cases, runs)
 
 
-def extra_memory(n: int, impl: str, pattern: Pattern = PATTERNS[1]) -> float:
+def extra_memory(n: int, impl: str, pattern: Pattern, dtype: torch.dtype) -> float:
     """Memory that a forward takes beyond its inputs, as a multiple of its output's bytes.
 
     The output itself is in it. Linux alone tells a process's peak.
     """
-    q, k, v = tensors(n)
-    attention(q[:, :, :512], k[:, :, :512], v[:, :, :512], pattern, impl=impl)
+    q, k, v = tensors(n, dtype)
     with torch.no_grad():
+        attention(q[:, :, :512], k[:, :, :512], v[:, :, :512], pattern, impl=impl)
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         out = attention(q, k, v, pattern, impl=impl)

@@ -17,7 +17,7 @@ from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.reference import reference
 from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.patterns.algebra import Pattern
-from attnspan.patterns.library import Causal
+from attnspan.patterns.library import MOST, Causal
 
 IMPLS = ("auto", "reference", "native", "cpu", "sdpa", "flex")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -114,10 +114,13 @@ def attention(
     _check_options(pattern, scale, softcap, q_offset, impl)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if factor <= 0:  # which torch's kernels mask wrongly
+        q, factor = (-q, -factor) if factor else (q * 0, 1.0)
     sinks = sink_logits
     match _choose(q, k, v, softcap, return_lse or sinks is not None, impl).impl:
         case "native" | "cpu" as name:
-            out, lse = ops.attention(q, k, v, str(pattern), offset, factor, softcap, name)
+            ops.check_tangents(q, k, v)
+            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
         case "flex":
             wants_lse = return_lse or sinks is not None
             out, lse = flex.flex(
@@ -215,8 +218,13 @@ def received(
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     lengths = q.shape[2], k.shape[2], offset
     kernel = cpu if native.lacks(q, k, k) else native
-    passes = ops.passes(str(pattern), *lengths, kernel.TILE)
+    passes = ops.passes(_text(pattern), *lengths, kernel.TILE)
     return kernel.received(q, k, lse, passes, factor, softcap)
+
+
+def _text(pattern: Pattern) -> str:
+    # Dynamo follows what makes a text, and so guards the numbers in it; a kept one it would not.
+    return str(pattern) if torch.compiler.is_compiling() else pattern.text
 
 
 def explain(
@@ -329,6 +337,10 @@ def _check_options(pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: 
         )
     if q_offset is not None and (isinstance(q_offset, bool) or not isinstance(q_offset, int)):
         raise ValueError(f"attention: q_offset is {q_offset!r}; None or a whole number is allowed")
+    if q_offset is not None and abs(q_offset) > MOST:
+        raise ValueError(
+            f"attention: q_offset is {q_offset}; None or a number from {-MOST} to {MOST} is allowed"
+        )
     if impl not in IMPLS:
         raise ValueError(f"attention: impl is {impl!r}; one of {', '.join(IMPLS)} is allowed")
 

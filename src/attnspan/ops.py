@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnspan.kernels import cpu, native
 from attnspan.patterns.text import parse
@@ -92,6 +93,21 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
 
 
 attention.register_autograd(_gradients, setup_context=_save)
+
+
+def check_tangents(*tensors: Tensor) -> None:
+    """Refuses forward-mode derivatives: the operator has none, and torch would take them for zero.
+
+    Raises:
+        ValueError: one of the tensors carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "attention: an input carries a forward-mode tangent (torch.func.jvp); gradients "
+            "backward are allowed, or impl='reference'"
+        )
 
 
 def _folded(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> list[Any]:

@@ -103,7 +103,8 @@ def magnitudes(
 
     A result's rounding error is about eps times the sum of the absolute values of its terms, not
     times the result, which may be small by cancellation: with P = exp(score - lse), the gradient of
-    a score is P * (dout . v - dout . out + dlse), and P itself carries eps * (1 + |q| . |k|).
+    a score is P * (dout . v - dout . out + dlse), and P itself carries what the score and the lse
+    were rounded by: eps * (1 + |q| . |k| + |lse|).
 
     Args:
         q: with k, v, scale, softcap and sink_logits as in `attnspan.attention`.
@@ -136,7 +137,7 @@ def magnitudes(
     lse = torch.cat([rows, sink[:, None, None].expand(*rows.shape[:3], 1)], -1).logsumexp(-1)
     lse = lse.masked_fill(lse == -torch.inf, 0)[..., None]
     p = torch.exp(rows - lse)
-    wide_p, out = p * (1 + sizes), (p @ v).abs()
+    wide_p, out = p * (1 + sizes + lse.abs()), (p @ v).abs()
     dout = torch.zeros_like(out) if grad_out is None else grad_out.detach().double().abs()
     dlse = (
         torch.zeros_like(lse) if grad_lse is None else grad_lse.detach().double().abs()[..., None]

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +77,22 @@ def test_heads_of_any_width(width, value_width) -> None:
 def test_strided_views_are_read_where_they_lie() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make_qkv(200, 200))
     check(SlidingWindow(90), q, k, v, torch.float32)
+
+
+def test_threads_of_python_share_what_a_plan_was_made_into() -> None:
+    each = plan(Strided(20, 7), 300, tile=native.TILE)[1]
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(lambda _: native._jobs(each), range(16)))
+    assert all(entry is entries[0] for entry in entries)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists them")
+def test_the_openmp_runtime_is_torchs_own(tmp_path) -> None:
+    ours = native._openmp()
+    other = tmp_path / "libgomp.so.1"  # of another package, before torch's in any order
+    shutil.copy(ours, other)
+    ctypes.CDLL(str(other))
+    assert native._openmp() == ours
 
 
 def test_results_do_not_depend_on_the_threads() -> None:

@@ -146,6 +146,8 @@ def test_bad_sizes_are_refused_in_one_sentence(size: object) -> None:
         (lambda: Longformer(4, [1]), r"Longformer: global_tokens is \[1\]; a whole number"),
         (lambda: Documents(()), r"Documents: lengths is \(\); a tuple of at least one length"),
         (lambda: Documents([3]), r"Documents: lengths is \[3\]; a tuple"),
+        (lambda: SlidingWindow(2**63 - 1), "window is 9223372036854775807; a whole number up to"),
+        (lambda: SlidingWindow(2**30, dilation=2**30), "window times dilation is"),
         (lambda: Documents((3, 0)), "Documents: a length is 0; a whole number of at least 1"),
     ],
 )

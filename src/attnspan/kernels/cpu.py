@@ -100,9 +100,18 @@ def forward(
         `out` as `q` in shape and dtype, `lse (batch, Hq, n)` in float32, or float64 for float64.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty(q.shape, dtype=wide), torch.full(q.shape[:3], -torch.inf, dtype=wide)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if not q.numel() or not k.numel():
-        return torch.zeros_like(q), lse
+        return q.new_zeros(q.shape), lse
+    if q.dtype != wide and k.shape[1] > 1 and q.shape[2] > _FEW:
+        # What is merged stands in float32: a KV head at a time, to hold little of that.
+        out, groups = q.new_empty(q.shape), q.shape[1] // k.shape[1]
+        for head in range(k.shape[1]):
+            rows, keys = slice(head * groups, (head + 1) * groups), slice(head, head + 1)
+            given = q[:, rows], k[:, keys], v[:, keys]
+            out[:, rows], lse[:, rows] = forward(*given, passes, scale)
+        return out, lse
+    out = q.new_empty(q.shape, dtype=wide)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     for views, call in _calls(passes, (q, out, lse[..., None]), (k, v)):
         some_q, some_out, some_lse, some_k, some_v = views
@@ -132,7 +141,7 @@ def backward(
     if grad_lse is not None and grad_lse.any():
         return _backward_of_both(grad_out, grad_lse, q, k, v, out, lse, passes, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
-    grads = [torch.zeros(x.shape, dtype=wide) for x in (q, k, v)]
+    grads = [x.new_zeros(x.shape, dtype=wide) for x in (q, k, v)]
     if not q.numel() or not k.numel():
         return grads[0], grads[1], grads[2]
     # A query that sees nothing has a lse of minus infinity, and exp(-inf - -inf) is NaN; with any

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from attnspan.patterns.algebra import And, Not, Or, Pattern
 from attnspan.patterns.atoms import Keys, Queries, Segments
@@ -56,6 +55,7 @@ def flex(
         RuntimeError: where torch can't compile it, or has compiled for more kinds of inputs than
             its recompile limit allows.
     """
+    from torch._dynamo.exc import FailOnRecompileLimitHit
     from torch.nn.attention.flex_attention import AuxRequest
 
     tiles = whole(pattern, q.shape[2], k.shape[2], q_offset, BLOCK)

@@ -75,6 +75,7 @@ struct Problem {
   int64_t step, jobs;
   const Job* job;
   float scale, softcap;  // 0: no cap
+  bool adds;             // out and lse hold other keys' attention, which this one joins
 
   int groups() const { return (int)(heads / kv_heads); }
   // What scores are multiplied by before they are capped, or go into 2^x.
@@ -186,10 +187,26 @@ struct Forward {
       for (int r = 0; r < rows; r++) {
         const Softmax& x = soft[g * rows + r];
         int64_t head = kv * groups + g, row = job.first_query + p.step * (first + r);
-        p.out.write(out.at + (g * rows + r) * values, b, head, row, p.value_width,
-                    x.total == 0 ? 0 : 1 / x.total);
-        p.lse[(b * p.heads + head) * p.n + row] = x.lse();
+        float *o = out.at + (g * rows + r) * values, *lse = p.lse + (b * p.heads + head) * p.n + row;
+        float share = x.total == 0 ? 0 : 1 / x.total;
+        if (p.adds) {
+          share = join(o, share, x.lse(), (const float*)p.out.line(b, head, row), lse);
+        } else {
+          *lse = x.lse();
+        }
+        p.out.write(o, b, head, row, p.value_width, share);
       }
+  }
+
+  // Joins a row with `before`, of other keys; both by their log-sum-exps. Returns the row's factor.
+  float join(float* o, float share, float mine, const float* before, float* lse) {
+    float top = std::max(*lse, mine);
+    if (top == NONE) return 0;
+    float theirs = std::exp2((*lse - top) * LOG2E), ours = std::exp2((mine - top) * LOG2E);
+    float sum = theirs + ours;
+    *lse = top + std::log2(sum) * LN2;
+    for (int d = 0; d < p.value_width; d++) o[d] = o[d] * (share * ours) + before[d] * theirs;
+    return 1 / sum;
   }
 
   void strip(int64_t at, int some, const uint64_t* seen, const float* value, int64_t stride, int count) {
@@ -355,6 +372,7 @@ Problem problem(const int64_t* a, double scale, double softcap) {
   p.out = view(24, a[8]), p.grad_out = view(28, a[7]);
   p.lse = (float*)a[32], p.grad_lse = (float*)a[33];
   p.grad_q = (float*)a[34], p.grad_k = (float*)a[35], p.grad_v = (float*)a[36], p.total = (float*)a[37];
+  p.adds = a[38];
   p.scale = (float)scale, p.softcap = (float)softcap;
   return p;
 }
@@ -404,7 +422,7 @@ void attnspan_backward(const int64_t* numbers, double scale, double softcap) {
           thread.tile(p.job[j], b, kv * p.groups() + task % parts * heads, kv, at, into,
                       into + p.m * width);
     }
-    float factor = p.scale / p.factor();
+    float factor = p.softcap > 0 ? p.softcap : LN2;  // scale / p.factor(), for a scale of 0 too
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.batch * p.kv_heads * p.m; row++) {
       int64_t pair = row / p.m, key = row % p.m;

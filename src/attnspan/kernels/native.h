@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -55,21 +56,30 @@ struct Most {
   static float two(float a, float b) { return a > b ? a : b; }
 };
 
+template <int... I>
+inline vf evens(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 * 2 + I % 2 * LANES)...);
+}
+template <int... I>
+inline vf odds(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 * 2 + 1 + I % 2 * LANES)...);
+}
+template <int... I>
+inline vf lows(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES)...);
+}
+template <int... I>
+inline vf highs(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + 2 + I % 2 + I % 4 / 2 * LANES)...);
+}
+
 // Folds four vectors at once, halves of pairs and then quarters, in place of lane by lane.
 template <class Fold>
 inline void fold(vf a, vf b, vf c, vf d, float* to) {
-  static const struct Order {
-    vi even, odd, low, high;
-    Order() {
-      for (int i = 0; i < LANES; i++) {
-        int lane = i / 2 * 2 + (i % 2) * LANES, quarter = i / 4 * 4 + i % 2 + (i % 4 / 2) * LANES;
-        even[i] = lane, odd[i] = lane + 1, low[i] = quarter, high[i] = quarter + 2;
-      }
-    }
-  } order;
-  vf ab = Fold::two(__builtin_shuffle(a, b, order.even), __builtin_shuffle(a, b, order.odd));
-  vf cd = Fold::two(__builtin_shuffle(c, d, order.even), __builtin_shuffle(c, d, order.odd));
-  vf all = Fold::two(__builtin_shuffle(ab, cd, order.low), __builtin_shuffle(ab, cd, order.high));
+  std::make_integer_sequence<int, LANES> lanes;
+  vf ab = Fold::two(evens(a, b, lanes), odds(a, b, lanes));
+  vf cd = Fold::two(evens(c, d, lanes), odds(c, d, lanes));
+  vf all = Fold::two(lows(ab, cd, lanes), highs(ab, cd, lanes));
   float fours[LANES];
   store(fours, all);
   for (int x = 0; x < 4; x++) {
@@ -88,7 +98,7 @@ inline void fold_strip(const vf* rows, float* to) {
   to[4] = rest[0], to[5] = rest[1];
 }
 
-// 2^x; exactly 0 below 2^-126, NaN for NaN.
+// 2^x for x below 128; exactly 0 below 2^-126, NaN for NaN.
 inline vf exp2v(vf x) {
   vi small = x < -126.0f;
   vf t = choose(small, splat(-126.0f), x);
@@ -269,9 +279,9 @@ inline void finish(float* s, const uint64_t* words, int rows, float softcap, int
     float* row = s + r * BLOCK;
     if (softcap > 0)
       for (int v = low * LANES; v < high * LANES; v += LANES) {
-        vf e = exp2v(load(row + v) * (2 * LOG2E));
-        // tanh, at its ends where e has left the range of floats.
-        vf t = choose(e > 1e30f, splat(1.0f), (e - 1.0f) / (e + 1.0f));
+        vf x = load(row + v) * (2 * LOG2E);
+        vf e = exp2v(choose(x > 126.0f, splat(126.0f), x));  // past that tanh is 1, and 2^x no float
+        vf t = (e - 1.0f) / (e + 1.0f);
         store(row + v, t * (softcap * LOG2E));
       }
     if (words && words[r] != ~0ull)

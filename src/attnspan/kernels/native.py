@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -132,19 +133,30 @@ def _built(compiler: str, about: str, extra: tuple[str, ...] = ()) -> Path:
 
 
 def _openmp() -> str:
-    """The OpenMP runtime that torch has loaded; a second one's threads would compete with it."""
+    """The OpenMP runtime that torch has loaded; a second one's threads would compete with it.
+
+    Other packages may have loaded runtimes of their own: torch's lies in its own folders, or where
+    the system keeps it.
+    """
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return "-fopenmp"
     loaded = {line.split()[-1] for line in maps.splitlines() if ".so" in line}
-    for path in sorted(loaded):
+    home = str(Path(torch.__file__).parent)  # torch/ and torch.libs/ begin alike
+    for path in sorted(loaded, key=lambda path: (not path.startswith(home), path)):
         if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
             return path
     return "-fopenmp"
 
 
-@torch.compiler.assume_constant_result
+def _constant(f: Callable[[], Any]) -> Callable[[], Any]:
+    """`torch.compiler.assume_constant_result`, which imports all of dynamo: over a second."""
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
+
+
+@_constant
 def has_matrix_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices in tiles (AMX)."""
     return "amx_bf16" in _processor()
@@ -183,7 +195,7 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return _lack()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _lack() -> str | None:
     return build().lack
 
@@ -191,9 +203,10 @@ def _lack() -> str | None:
 _prepared: WeakKeyDictionary[Pass, tuple[np.ndarray, list[Any]]] = WeakKeyDictionary()
 
 
-def _jobs(each: Pass) -> np.ndarray:
-    """A pass's jobs as the library reads them."""
-    if each not in _prepared:
+def _jobs(each: Pass) -> tuple[np.ndarray, list[Any]]:
+    """A pass's jobs as the library reads them, and what must live as long as it does so."""
+    entry = _prepared.get(each)
+    if entry is None:
         rows, alive = [], []
         for job in each.jobs:
             t = job.tiles
@@ -204,8 +217,10 @@ def _jobs(each: Pass) -> np.ndarray:
             shared += [x.ctypes.data for x in (t.some_ptr, t.some, t.all_ptr, t.all, code)]
             shared += [len(code), pointers.ctypes.data]
             rows += [[job.first_query + c, job.first_key + c, *shared] for c in range(job.count)]
-        _prepared[each] = np.array(rows, np.int64).reshape(-1, 13), alive
-    return _prepared[each][0]
+        # Another thread may have been first: all use one entry.
+        made = np.array(rows, np.int64).reshape(-1, 13), alive
+        entry = _prepared.setdefault(each, made)
+    return entry
 
 
 def _call(
@@ -219,9 +234,10 @@ def _call(
     out: Tensor | None = None,
     grad_out: Tensor | None = None,
     dense: tuple[Tensor | None, ...] = (),
+    adds: bool = False,
 ) -> None:
     """Calls the library; `dense` are lse, grad_lse, grad_q, grad_k, grad_v and the total."""
-    jobs = _jobs(each)
+    jobs, _alive = _jobs(each)
     views = []
     for x in (q, k, v, out, grad_out):
         views += [0, 0, 0, 0] if x is None else [x.data_ptr(), *x.stride()[:3]]
@@ -235,6 +251,7 @@ def _call(
             *views,
             *pointers,
             *[0] * (6 - len(pointers)),
+            adds,
         ],
         np.int64,
     )
@@ -267,23 +284,34 @@ def forward(
         `out (batch, Hq, n, value_dim)` in the dtype of `q`, `lse (batch, Hq, n)` in float32.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
-    shape = (*q.shape[:3], v.shape[3])
     if q.shape[1] // max(1, k.shape[1]) * q.shape[2] <= _FEW:
         parts = _parts(q, k, v, passes)
         if parts:
             return decode(KVView(parts), scale, softcap)[:2]
-    # Parts are merged in fp32; a single one is rounded once, by the kernel.
-    dtype = q.dtype if len(passes) == 1 else torch.float32
-    merged: tuple[Tensor, Tensor] | None = None
-    for each in passes:
-        out, lse = torch.empty(shape, dtype=dtype), torch.empty(q.shape[:3])
-        if not len(each.jobs) or not out.numel():
-            continue
-        _call("forward", each, scale, softcap, q, k, v, out, None, (lse,))
-        merged = (out, lse) if merged is None else _merged(*merged, out, lse)
-    if merged is None:
-        return q.new_zeros(shape), torch.full(q.shape[:3], -math.inf)
-    return merged[0].to(q.dtype), merged[1]
+    out, lse = q.new_empty((*q.shape[:3], v.shape[3])), _float32(q.shape[:3])
+    passes = tuple(each for each in passes if len(each.jobs))
+    if not passes or not out.numel():
+        return out.zero_(), lse.fill_(-math.inf)
+    if len(passes) < 2 or q.dtype == torch.float32:
+        for at, each in enumerate(passes):
+            _call("forward", each, scale, softcap, q, k, v, out, None, (lse,), at > 0)
+        return out, lse
+    # Passes join in float32 and are rounded once: a KV head at a time, to hold little of that.
+    groups = q.shape[1] // k.shape[1]
+    for head in range(k.shape[1]):
+        rows, keys = slice(head * groups, (head + 1) * groups), slice(head, head + 1)
+        some_lse = _float32((q.shape[0], groups, q.shape[2]))
+        some_out = _float32((*some_lse.shape, v.shape[3]))
+        given = q[:, rows], k[:, keys], v[:, keys]
+        for at, each in enumerate(passes):
+            _call("forward", each, scale, softcap, *given, some_out, None, (some_lse,), at > 0)
+        out[:, rows], lse[:, rows] = some_out, some_lse
+    return out, lse
+
+
+def _float32(shape: tuple[int, ...]) -> Tensor:
+    """What the library writes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, passes: tuple[Pass, ...]) -> tuple[Part, ...]:
@@ -300,19 +328,11 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, passes: tuple[Pass, ...]) -> tuple[P
                 if (start, stop) not in whole:
                     i = np.arange(t.n, dtype=np.int64)[:, None] + t.offset
                     seen = t.rule.sees(i, np.arange(start, stop)) & np.ones((t.n, 1), bool)
-                    mask = torch.where(torch.from_numpy(seen), 0.0, -math.inf)
+                    mask = torch.where(torch.from_numpy(seen), 0.0, -math.inf).float()
                 first = job.first_key + each.step * start
                 keys = slice(first, first + each.step * (stop - start - 1) + 1, each.step)
                 parts.append(Part(q, k[:, :, keys], v[:, :, keys], mask))
     return tuple(parts)
-
-
-def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """In place: a merge out of place would take the output's memory twice more."""
-    both = torch.logaddexp(lse, part_lse)
-    finite = both.clamp_min(torch.finfo(both.dtype).min)  # -inf less -inf would be NaN
-    out.mul_(torch.exp(lse - finite)[..., None])
-    return out.addcmul_(part, torch.exp(part_lse - finite)[..., None]), both
 
 
 def backward(
@@ -328,7 +348,7 @@ def backward(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in float32, from the whole attention's `out` and `lse`."""
-    grads = [torch.zeros(x.shape) for x in (q, k, v)]
+    grads = [_float32(x.shape).zero_() for x in (q, k, v)]
     if q.numel() and k.numel() and v.numel():
         q, k, v, out, grad_out = (_dense(x) for x in (q, k, v, out, grad_out))
         lse = lse.contiguous()
@@ -348,7 +368,7 @@ def received(
     softcap: float | None = None,
 ) -> Tensor:
     """The attention that each key receives, `(batch, Hkv, m)` float32; see `kernels.cpu`."""
-    total = torch.zeros(k.shape[:3])
+    total = _float32(k.shape[:3]).zero_()
     q, k, lse = _dense(q), _dense(k), lse.float().contiguous()
     if q.numel() and k.numel():
         for each in passes:
@@ -424,9 +444,9 @@ def decode(
             size = x.element_size()
             b, h, n, _ = x.stride()
             parts += [x.data_ptr(), b * size, h * size, n * size]
-    out = torch.empty((batch, heads, m, value_width))
-    lse = torch.empty((batch, heads, m))
-    total = torch.zeros((batch, kv_heads, sum(lengths))) if return_received else None
+    out = _float32((batch, heads, m, value_width))
+    lse = _float32((batch, heads, m))
+    total = _float32((batch, kv_heads, sum(lengths))).zero_() if return_received else None
     sink = None if sink_logits is None else sink_logits.float().contiguous()
     numbers = np.array(
         [

@@ -44,6 +44,11 @@ class Pattern(ABC):
     def _rule(self) -> Pattern:
         return self.rule()
 
+    @cached_property
+    def text(self) -> str:
+        """As `str(self)`, made once."""
+        return str(self)
+
     def sees(self, i: Any, j: Any) -> Any:
         """Whether the query at position `i` sees the key at position `j`.
 

@@ -11,6 +11,8 @@ from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.atoms import ALL, Blocks, Distance, Keys, Queries, Segments, Stride
 
 _CAUSAL = Distance(0)
+# Positions and distances stay far from where 64 bits wrap around, sums of several included.
+MOST = 2**48
 
 
 @final
@@ -71,6 +73,8 @@ class SlidingWindow(Pattern):
         _check_bool("SlidingWindow", "include_self", self.include_self)
         _check_count("SlidingWindow", "dilation", self.dilation, 1)
         _check_count("SlidingWindow", "right", self.right, 0)
+        for name, count in (("window", self.window), ("right", self.right)):
+            _check_count("SlidingWindow", f"{name} times dilation", count * self.dilation, 0)
         if self.right and not self.include_self:
             raise ValueError(
                 f"SlidingWindow: right is {self.right} with include_self=False; 0 is allowed"
@@ -268,6 +272,7 @@ class Documents(Pattern):
             )
         for length in self.lengths:
             _check_count("Documents", "a length", length, 1)
+        _check_count("Documents", "the sum of lengths", sum(self.lengths), 1)
         _check_bool("Documents", "causal", self.causal)
 
     def rule(self) -> Pattern:
@@ -307,6 +312,8 @@ def _check_count(owner: str, name: str, value: Any, least: int) -> None:
         raise ValueError(
             f"{owner}: {name} is {value!r}; a whole number of at least {least} is allowed"
         )
+    if value > MOST:
+        raise ValueError(f"{owner}: {name} is {value}; a whole number up to {MOST} is allowed")
 
 
 def _check_bool(owner: str, name: str, value: Any) -> None:
