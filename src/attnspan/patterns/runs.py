@@ -27,8 +27,8 @@ class Runs(NamedTuple):
 
 def one_run(starts: NDArray[np.int64], stops: NDArray[np.int64], m: int) -> Runs:
     """The keys `start <= j < stop` of each row, of those there are."""
-    starts = np.clip(starts, 0, m)
-    return Runs(starts[None], np.maximum(np.clip(stops, 0, m), starts)[None])
+    starts = np.minimum(np.maximum(starts, 0), m)
+    return Runs(starts[None], np.maximum(np.minimum(stops, m), starts)[None])
 
 
 def where(chosen: NDArray[np.bool_], m: int) -> Runs:
@@ -57,8 +57,13 @@ def union(a: Runs, b: Runs) -> Runs:
         np.concatenate([np.broadcast_to(x, (len(x), rows)) for x in pair])
         for pair in ((a.starts, b.starts), (a.stops, b.stops))
     )
-    order = np.argsort(starts, axis=0, kind="stable")
-    starts, stops = (np.take_along_axis(x, order, 0) for x in (starts, stops))
+    if len(starts) == 2:
+        order = starts[1] < starts[0]
+        starts = np.stack((np.minimum(*starts), np.maximum(*starts)))
+        stops = np.stack((np.where(order, *stops[::-1]), np.where(order, *stops)))
+    else:
+        order = np.argsort(starts, axis=0, kind="stable"), np.arange(rows)
+        starts, stops = starts[order], stops[order]
     # What an earlier range covers already is cut off at the front, so that all are disjoint.
     reach = np.maximum.accumulate(stops, 0)
     starts[1:] = np.maximum(starts[1:], reach[:-1])

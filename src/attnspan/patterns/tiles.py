@@ -36,7 +36,7 @@ from attnspan.patterns.atoms import (
     atoms,
 )
 
-_ROWS = 1024  # at a time: what stands in between stays small
+_ROWS = 1408  # at a time: what stands in between stays small
 
 
 @dataclass(frozen=True, eq=False)
