@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,33 @@ def test_batched_greedy_equals_single_runs(model, spec) -> None:
         for i, row in enumerate(rows):
             alone = model.generate(row[None], past_key_values=Cache(model, parse(spec)), **settings)
             assert together[i, 14:].tolist() == alone[0, len(row) :].tolist()
+
+
+def test_any_thread_may_generate(model) -> None:
+    # As where one thread generates and another shows the text.
+    ids = random_ids(12, batch=2)
+
+    def generate() -> torch.Tensor:
+        cache = Cache(model, SinkWindow(2, 10))
+        return model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+
+    with attach(model), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(generate).result(), generate())
+
+
+def test_autocast_changes_nothing_of_what_attaching_finds(model) -> None:
+    ids = random_ids(20)
+    with attach(model):
+        found = Cache(model, KeepAll()).anatomy
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Cache(model, KeepAll()).anatomy.layers == found.layers
+        with attach(model):
+            cache = Cache(model, KeepAll())
+            assert cache.anatomy.layers == found.layers
+            got = model(input_ids=ids, past_key_values=cache).logits
+        expected = model(input_ids=ids, use_cache=False).logits
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
 def test_beams_equal_transformers_own(model) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -115,12 +120,118 @@ def test_padding_and_packed_documents_stand_for_themselves(family) -> None:
         )
 
 
-def test_activation_checkpoints_find_the_rows_of_their_own_forward() -> None:
-    model = tiny("llama").train()
+def checkpointed(family: str) -> Any:
+    """A model in training whose layers run again for their gradients."""
+    model = tiny(family).train()
     # Older releases of transformers know it by its older name, and newer ones warn of that.
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)()
-    plain = tiny("llama").train()
+    return model
+
+
+def in_another_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_backward_may_run_in_another_thread(family) -> None:
+    # As that of CUDA does: autograd has a thread of its own for each device.
+    model, plain = checkpointed(family), tiny(family).train()
+    ids, mask = random_ids(N, batch=2), torch.ones(2, N, dtype=torch.long)
+    mask[0, :9] = 0
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    with attach(plain, SlidingWindow(5) | Sinks(1)):
+        _, grads = gradients(plain, **inputs)
+    with attach(model, SlidingWindow(5) | Sinks(1)):
+        loss = model(**inputs, use_cache=False).loss
+        in_another_thread(loss.backward)
+    torch.testing.assert_close(
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        grads,
+        **CLOSE,
+    )
+
+
+def test_forward_may_run_in_another_thread() -> None:
+    model, ids = tiny("llama"), random_ids(N, batch=2)
+    mask = torch.ones(2, N, dtype=torch.long)
+    mask[1, 30:] = 0
+
+    def forward() -> Tensor:
+        with torch.no_grad():  # which each thread has for itself
+            return model(input_ids=ids, attention_mask=mask).logits
+
+    with attach(model, SlidingWindow(5)):
+        torch.testing.assert_close(in_another_thread(forward), forward(), rtol=0, atol=0)
+
+
+def test_two_models_at_once_have_a_pattern_each() -> None:
+    models, ids = (tiny("llama", seed=0), tiny("llama", seed=1)), random_ids(N)
+    patterns = (SlidingWindow(5), SlidingWindow(9) | Sinks(2))
+    with torch.no_grad():
+        alone = []
+        for model, pattern in zip(models, patterns, strict=True):
+            with attach(model, pattern):
+                alone.append(model(input_ids=ids).logits)
+        with attach(models[0], patterns[0]), attach(models[1], patterns[1]):
+            together = [model(input_ids=ids).logits for model in models]
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_autocast_is_honoured_as_by_the_untouched_model(family) -> None:
+    model, ids = tiny(family).train(), random_ids(N, batch=2)
+    inputs = {"input_ids": ids, "labels": ids}
+    exact, exact_grads = gradients(model, **inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, grads = gradients(model, **inputs)
+        with attach(model, own(model)):
+            got, got_grads = gradients(model, **inputs)
+    # torch advises to leave autocast before the backward pass.
+    model.zero_grad()
+    with attach(model, own(model)), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs, use_cache=False).loss
+        with torch.autocast("cpu", enabled=False):
+            loss.backward()
+    outside = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.dtype == logits.dtype == torch.bfloat16
+    assert got_grads.keys() == grads.keys() == outside.keys()
+    # bfloat16 rounds both, each in its own way: neither may be much farther from the exact one.
+    assert distance(got, exact) < 2 * distance(logits, exact)
+    for name, grad in grads.items():
+        allowed = 3 * distance(grad, exact_grads[name]) + 0.01
+        assert distance(got_grads[name], exact_grads[name]) < allowed, name
+        assert distance(outside[name], exact_grads[name]) < allowed, name
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    """The error's norm, as a share of the exact one's."""
+    return float((x.float() - exact).norm() / exact.norm())
+
+
+def test_nothing_grows_with_the_forwards() -> None:
+    model, ids = tiny_llama(), random_ids(6)
+
+    def held(forwards: int) -> int:
+        for _ in range(forwards):
+            model(input_ids=ids, use_cache=False)
+        gc.collect()
+        ours = tracemalloc.Filter(True, "*/attnspan/models/*")
+        traces = tracemalloc.take_snapshot().filter_traces([ours])
+        return sum(each.size for each in traces.statistics("filename"))
+
+    tracemalloc.start()
+    try:
+        with torch.no_grad(), attach(model, SlidingWindow(3)):
+            before = held(10)
+            assert held(200) - before < 1000
+    finally:
+        tracemalloc.stop()
+
+
+def test_activation_checkpoints_find_the_rows_of_their_own_forward() -> None:
+    model, plain = checkpointed("llama"), tiny("llama").train()
     ids = random_ids(N, batch=2)
     masks = [torch.ones(2, N, dtype=torch.long) for _ in range(2)]
     masks[1][:, :9] = 0

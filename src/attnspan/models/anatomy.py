@@ -18,14 +18,10 @@ from torch import Tensor, nn
 
 from attnspan.cache.lane import LayerSpec
 from attnspan.dispatch import attention
-from attnspan.models.interface import Interface
+from attnspan.models.interface import Interface, Refused, full_precision
 from attnspan.positions import Rope, rotate
 
 PLACES = (0, 1, 2, 3, 5, 17, 101, 801)
-
-
-class Refused(ValueError):
-    """A model that can't be done exactly; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,8 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
 
 def _run(model: nn.Module, feed: dict[str, Any]) -> None:
     try:
-        model(**feed)
+        with full_precision(model):
+            model(**feed)
     except Refused:
         raise
     except Exception as error:  # what breaks here would break, or be wrong, with a cache

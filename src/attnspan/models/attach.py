@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from attnspan.models.anatomy import (
     Anatomy,
-    Refused,
     Rotated,
     Unrotated,
     device_of,
@@ -21,7 +20,7 @@ from attnspan.models.anatomy import (
     refuse_unknown,
 )
 from attnspan.models.cache import Cache
-from attnspan.models.interface import Interface, restore_forward
+from attnspan.models.interface import Interface, Refused, full_precision, restore_forward
 from attnspan.models.patterned import Patterns, patterned
 from attnspan.policies import KeepAll
 
@@ -33,8 +32,9 @@ def attach(model: nn.Module, pattern: Patterns | None = None) -> Iterator[nn.Mod
     Without a pattern it takes an `attnspan.Cache` as `past_key_values`, in eval mode; calls without
     such a cache run as ever. With a pattern its forward and backward, in training too, see what the
     pattern says and nothing else, padding and other documents of the same row left out; call
-    `backward()` inside the block. Either way a few tokens must first come out as they do of the
-    untouched model.
+    `backward()` inside the block, in any thread. Under `torch.autocast` attention is computed in
+    autocast's dtype, as torch's own is. Either way a few tokens must first come out as they do of
+    the untouched model, without autocast.
 
     Args:
         model: a decoder of Hugging Face transformers.
@@ -104,7 +104,7 @@ class _Attachment:
         """Holds a few tokens through a cache, in two calls, against the untouched model."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         ids = (torch.arange(9, device=device_of(self.model)) * 5 + 2)[None] % vocabulary
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.model):
             expected = _first(self.model(input_ids=ids, use_cache=False))
             cache = Cache(self.model, KeepAll())
             parts = [

@@ -18,22 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from attnspan.dispatch import attention
-from attnspan.models.anatomy import Refused, device_of, refuse_unknown, text_config
-from attnspan.models.interface import Interface, restore_forward
+from attnspan.models.anatomy import device_of, refuse_unknown, text_config
+from attnspan.models.interface import (
+    Carrier,
+    Interface,
+    Refused,
+    full_precision,
+    restore_forward,
+)
 from attnspan.patterns import Causal, Pattern, SlidingWindow
 
 Patterns = Pattern | Sequence[Pattern] | Mapping[str, Pattern]
+Layout = tuple[tuple[tuple[int, int], ...], ...]
+"""For each row of a batch, the columns of its documents: `start <= c < stop`."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The documents of a batch: for each row, those columns that hold one, `start <= c < stop`.
+class Rows(Carrier):
+    """The documents of a batch, and what attends to them.
 
     It travels through the layers in the place of a mask, so that a layer which is run again for its
-    gradients (activation checkpointing) finds that of its own forward.
+    gradients (activation checkpointing), in whatever thread, finds those of its own forward.
     """
 
-    documents: tuple[tuple[tuple[int, int], ...], ...]
+    documents: Layout
 
 
 @contextmanager
@@ -85,10 +93,12 @@ def _check(model: nn.Module, interface: Interface, count: int) -> None:
     ids = (torch.arange(9, device=device_of(model)) * 5 + 2)[None] % vocabulary
     training = [module for module in model.modules() if module.training]
     model.eval()
+    calls: list[int] = []
     try:
-        expected = model(input_ids=ids, use_cache=False)[0]
-        with _running(model, interface, (None,) * count) as calls:
-            got = model(input_ids=ids, use_cache=False)[0]
+        with full_precision(model):
+            expected = model(input_ids=ids, use_cache=False)[0]
+            with _running(model, interface, (None,) * count, calls):
+                got = model(input_ids=ids, use_cache=False)[0]
     finally:
         for module in training:
             module.training = True
@@ -109,10 +119,15 @@ def _check(model: nn.Module, interface: Interface, count: int) -> None:
 
 @contextmanager
 def _running(
-    model: nn.Module, interface: Interface, patterns: tuple[Pattern | None, ...]
-) -> Iterator[list[int]]:
-    """Diverts attention; gives the layers that called. A pattern of None is the layer's own."""
-    calls: list[int] = []
+    model: nn.Module,
+    interface: Interface,
+    patterns: tuple[Pattern | None, ...],
+    calls: list[int] | None = None,
+) -> Iterator[None]:
+    """Diverts attention; a pattern of None is the layer's own.
+
+    The layers that call are listed in `calls`, which grows with each; None lists nothing.
+    """
 
     def attend(
         module: nn.Module,
@@ -120,7 +135,7 @@ def _running(
         k: Tensor,
         v: Tensor,
         *,
-        mask: Any = None,
+        mask: Rows,
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
@@ -129,7 +144,8 @@ def _running(
     ) -> Tensor:
         refuse_unknown(kwargs)
         layer: Any = module.layer_idx
-        calls.append(layer)
+        if calls is not None:
+            calls.append(layer)
         if k.shape[2] != q.shape[2]:
             raise ValueError(
                 f"past_key_values holds {k.shape[2] - q.shape[2]} tokens; none are allowed with a "
@@ -138,10 +154,9 @@ def _running(
         pattern = patterns[layer]
         if pattern is None:
             pattern = SlidingWindow(sliding_window) if sliding_window else Causal()
-        if not isinstance(mask, Rows):
-            raise Refused("the model replaces its masks, so padding can't be honoured")
         options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
-        return _by_document(mask, q, k, v, pattern, options)
+        with _cast(q, k, v) as (q, k, v):
+            return _by_document(mask.documents, q, k, v, pattern, options)
 
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     forward, before = base.forward, base.__dict__.get("forward")
@@ -152,33 +167,48 @@ def _running(
         kwargs |= dict(zip(names, args, strict=False))
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is True; patterns keep no weights to return")
-        with interface.masked(_rows(kwargs)):
+        with interface.masked(Rows(attend, _documents_of(kwargs))):
             return forward(**kwargs)
 
-    with interface.diverted(attend):
+    with interface.diverted(None):
         base.__dict__["forward"] = call
         try:
-            yield calls
+            yield
         finally:
             restore_forward(base, before)
 
 
+@contextmanager
+def _cast(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Under autocast, q, k and v in its dtype; in the block it is off.
+
+    torch does this for its own attention, whose inputs may come in several dtypes: rotary
+    embeddings give float32 where the values are bfloat16. Like torch it leaves float64 as it is.
+    """
+    kind = q.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        yield q, k, v
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        yield q, k, v
+
+
 def _by_document(
-    rows: Rows, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
+    rows: Layout, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
 ) -> Tensor:
     n = q.shape[2]
-    if set(rows.documents) == {((0, n),)}:
+    if set(rows) == {((0, n),)}:
         return attention(q, k, v, pattern, **options)
-    if len(set(rows.documents)) > 1:
+    if len(set(rows)) > 1:
         single = [
-            _by_document(
-                Rows((documents,)), q[b : b + 1], k[b : b + 1], v[b : b + 1], pattern, options
-            )
-            for b, documents in enumerate(rows.documents)
+            _by_document((row,), q[b : b + 1], k[b : b + 1], v[b : b + 1], pattern, options)
+            for b, row in enumerate(rows)
         ]
         return torch.cat(single)
     pieces, done = [], 0
-    for start, stop in (*rows.documents[0], (n, n)):
+    for start, stop in (*rows[0], (n, n)):
         if start > done:  # padding
             pieces.append(q.new_zeros((*q.shape[:2], start - done, v.shape[3])))
         if stop > start:
@@ -188,7 +218,7 @@ def _by_document(
     return torch.cat(pieces, 2)
 
 
-def _rows(kwargs: dict[str, Any]) -> Rows:
+def _documents_of(kwargs: dict[str, Any]) -> Layout:
     """The documents that a forward's attention mask, or its positions, tell."""
     ids = kwargs.get("input_ids")
     batch, n = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
@@ -200,12 +230,12 @@ def _rows(kwargs: dict[str, Any]) -> Rows:
                 f"attention_mask is {got}; with a pattern {(batch, n)} is allowed, which marks "
                 "padding"
             )
-        return Rows(tuple(_tokens(row) for row in mask.bool().tolist()))
+        return tuple(_tokens(row) for row in mask.bool().tolist())
     if positions is None or n < 2:
-        return Rows((((0, n),),) * batch)
+        return (((0, n),),) * batch
     # Where positions don't count on, another document begins, as in transformers.
     breaks = (positions.diff(dim=-1) != 1).expand(batch, n - 1).tolist()
-    return Rows(tuple(_documents(row, n) for row in breaks))
+    return tuple(_documents(row, n) for row in breaks)
 
 
 def _tokens(row: list[bool]) -> tuple[tuple[int, int], ...]:
