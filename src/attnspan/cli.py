@@ -192,9 +192,12 @@ def bench(
         check_file(json)
     about = benchmark.machine()
     if calibrate:
-        typer.echo(f"The rates of {about['device']} are in {benchmark.calibrate()}.")
+        with _bar() as bar, bar.waiting("measuring"):
+            path = benchmark.calibrate()
+        typer.echo(f"The rates of {about['device']} are in {path}.")
         return
-    rows = benchmark.prefill(n, runs=runs) + benchmark.decode(runs=runs)
+    with _bar() as bar, bar.waiting("measuring"):
+        rows = benchmark.prefill(n, runs=runs) + benchmark.decode(runs=runs)
     text = to_json({"meta": about, "rows": benchmark.as_json(rows)})
     if json == "-":
         sys.stdout.write(text)
