@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attnspan import ops
+from attnspan import gpu, ops
 from attnspan.kernels import cpu, flex, native
 from attnspan.kernels import sdpa as fused
 from attnspan.kernels.joint import joint
@@ -19,7 +19,7 @@ from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import MOST, Causal
 
-IMPLS = ("auto", "reference", "native", "cpu", "sdpa", "flex")
+IMPLS = ("auto", "reference", "native", "cpu", "hopper", "triton", "sdpa", "flex")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -92,8 +92,9 @@ def attention(
             in a causal pattern.
         return_lse: give the log-sum-exp as well.
         impl: "reference" (the definition, in float64), "native" (C++ for CPUs), "cpu" (torch's CPU
-            kernels by tiles), "sdpa" (torch's fused kernels with a dense mask), "flex" (torch's
-            compiled FlexAttention), or "auto".
+            kernels by tiles), "hopper" (ours for NVIDIA's Hopper GPUs), "triton" (ours for others),
+            "sdpa" (torch's fused kernels with a dense mask), "flex" (torch's compiled
+            FlexAttention), or "auto".
 
     Returns:
         `out (batch, Hq, n, value_dim)`, in the dtype of `q`; with `return_lse` also
@@ -117,12 +118,12 @@ def attention(
     if factor <= 0:  # which torch's kernels mask wrongly
         q, factor = (-q, -factor) if factor else (q * 0, 1.0)
     sinks = sink_logits
-    match _choose(q, k, v, softcap, return_lse or sinks is not None, impl).impl:
-        case "native" | "cpu" as name:
+    wants_lse = return_lse or sinks is not None
+    match _choose(q, k, v, pattern, offset, softcap, wants_lse, impl).impl:
+        case "native" | "cpu" | "hopper" | "triton" as name:
             ops.check_tangents(q, k, v)
             out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
         case "flex":
-            wants_lse = return_lse or sinks is not None
             out, lse = flex.flex(
                 q,
                 k,
@@ -248,16 +249,25 @@ def explain(
     """
     _check_tensors(q, k, v, sink_logits)
     _check_options(pattern, scale, softcap, q_offset, impl)
-    return _choose(q, k, v, softcap, return_lse or sink_logits is not None, impl)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    wants_lse = return_lse or sink_logits is not None
+    return _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)
 
 
 def _choose(
-    q: Tensor, k: Tensor, v: Tensor, softcap: float | None, wants_lse: bool, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    offset: int,
+    softcap: float | None,
+    wants_lse: bool,
+    impl: str,
 ) -> Explanation:
     if impl == "reference":
         return Explanation(impl, ("it was asked for",))
     if impl != "auto":
-        lack = _lacks(impl, q, k, v, softcap, wants_lse)
+        lack = _lacks(impl, q, k, v, pattern, offset, softcap, wants_lse)
         if lack is not None:
             raise ValueError(f"attention: impl {impl!r} can't do this: {lack}; 'reference' can")
         return Explanation(impl, ("it was asked for",))
@@ -267,7 +277,7 @@ def _choose(
         # Torch's products use them, the C++ kernels don't: 1.3 times as fast there.
         order = ("cpu", "native")
     for name in order:
-        lack = _lacks(name, q, k, v, softcap, wants_lse)
+        lack = _lacks(name, q, k, v, pattern, offset, softcap, wants_lse)
         if lack is None:
             return Explanation(name, (*reasons, "it is the fastest of those that can do this"))
         reasons.append(f"{name} can't: {lack}")
@@ -275,9 +285,18 @@ def _choose(
 
 
 def _lacks(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, wants_lse: bool
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    offset: int,
+    softcap: float | None,
+    wants_lse: bool,
 ) -> str | None:
     match impl:
+        case "hopper" | "triton":
+            return gpu.lacks(impl, q, k, v, _text(pattern), offset, softcap)
         case "native":
             return native.lacks(q, k, v)
         case "cpu":

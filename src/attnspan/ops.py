@@ -1,4 +1,4 @@
-"""The custom operator behind the CPU kernels: what autograd, torch.compile and vmap see of them.
+"""The custom operator behind our kernels: what autograd, torch.compile and vmap see of them.
 
 It takes its pattern as text, since an operator's arguments are tensors, numbers and strings.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attnspan import gpu
 from attnspan.kernels import cpu, native
 from attnspan.patterns.text import parse
 from attnspan.patterns.tiles import Pass, plan
@@ -35,6 +36,8 @@ def attention(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, Hq, n, value_dim)` and its log-sum-exp; arguments as in `attnspan.attention`."""
+    if impl in gpu.IMPLS:
+        return gpu.forward(impl, q, k, v, pattern, q_offset, scale, softcap)
     lengths = q.shape[2], k.shape[2], q_offset
     if impl == "native":
         return native.forward(q, k, v, passes(pattern, *lengths, native.TILE), scale, softcap)
@@ -44,6 +47,8 @@ def attention(
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
+    if options[-1] in gpu.IMPLS and v.shape[3] == q.shape[3]:
+        out = torch.empty_like(q)
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -65,10 +70,15 @@ def attention_backward(
     """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
     lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
-    if impl == "native":
+    if impl in gpu.IMPLS:
+        grads = gpu.backward(impl, *given, pattern, q_offset, scale, softcap)
+    elif impl == "native":
         grads = native.backward(*given, passes(pattern, *lengths, native.TILE), scale, softcap)
     else:
         grads = cpu.backward(*given, passes(pattern, *lengths, cpu.TILE), scale)
+    if impl in gpu.IMPLS:
+        laid = [gpu.laid_out(x, like) for x, like in zip(grads, (q, k, v), strict=True)]
+        return laid[0], laid[1], laid[2]
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
 
@@ -77,6 +87,8 @@ def attention_backward(
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if rest[-1] in gpu.IMPLS:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -1,0 +1,205 @@
+"""GPU kernels over a plan: masks on the device, residue classes as batches, passes joined.
+
+A kernel computes one dense problem under the mask of its `Lists`. A pattern without strides is one
+problem. A stride adds a pass of problems on every s-th row and key, whose classes are the batch of
+a strided view; what passes give is joined by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspan.kernels import gpu_received, hopper, hopper_backward, triton_attention
+from attnspan.kernels.gpu_lists import Lists, Unlisted
+from attnspan.kernels.merge import merge
+from attnspan.patterns.text import parse
+from attnspan.patterns.tiles import plan
+
+IMPLS = ("hopper", "triton")
+_FORWARD: dict[str, ModuleType] = {"hopper": hopper, "triton": triton_attention}
+_BACKWARD: dict[str, ModuleType] = {"hopper": hopper_backward, "triton": triton_attention}
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """`count` dense problems, of every `step`-th row from `first_query` on and of the next ones."""
+
+    step: int
+    first_query: int
+    first_key: int
+    count: int
+    lists: Lists
+
+    @property
+    def whole(self) -> bool:
+        return self.step == 1
+
+
+@lru_cache(maxsize=16)
+def _passes(
+    pattern: str, n: int, m: int, q_offset: int, device: torch.device
+) -> tuple[tuple[_Problem, ...], ...]:
+    return tuple(
+        tuple(
+            _Problem(each.step, job.first_query, job.first_key, job.count, Lists(job.tiles, device))
+            for job in each.jobs
+        )
+        for each in plan(parse(pattern), n, m, q_offset)
+    )
+
+
+def lacks(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    softcap: float | None,
+) -> str | None:
+    """What `impl` lacks for these inputs, as the end of a sentence; None: nothing."""
+    lack = _FORWARD[impl].lacks(q, k, v)
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if lack is None and grads:
+        lack = _BACKWARD[impl].lacks(q, k, v)
+    if lack is None and softcap is not None and impl == "hopper":
+        lack = "it has no logit soft cap"
+    return lack or lacks_lists(pattern, q.shape[2], k.shape[2], q_offset, q.device)
+
+
+def lacks_lists(pattern: str, n: int, m: int, q_offset: int, device: torch.device) -> str | None:
+    """Why a pattern has no lists, as the end of a sentence; None where it has."""
+    try:
+        _passes(pattern, n, m, q_offset, device)
+    except Unlisted as error:
+        return f"its masks are a few ranges of keys a query, and here {error}"
+    return None
+
+
+def forward(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp; arguments as in `attnspan.ops.attention`."""
+    options = {} if softcap is None else {"softcap": softcap}
+    outs, lses = [], []
+    for problems in _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device):
+        if len(problems) == 1 and problems[0].whole:
+            out, lse = _FORWARD[impl].forward(q, k, v, problems[0].lists, scale, **options)
+        else:
+            out = q.new_zeros((*q.shape[:3], v.shape[3]))
+            lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+            for problem in problems:
+                for rows, keys in _views(problem, (q, out, lse[..., None]), (k, v)):
+                    given = rows[0], *keys
+                    part, part_lse = _FORWARD[impl].forward(*given, problem.lists, scale, **options)
+                    rows[1].copy_(part)
+                    rows[2].copy_(part_lse[..., None])
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        outs = [q.new_zeros((*q.shape[:3], v.shape[3]))]
+        lses = [q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)]
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
+    out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.contiguous()
+    return out, lse.contiguous()
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the dtype of `like` and as `torch.empty_like(like)` lies in memory: often as it is."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if x.dtype == like.dtype and x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=like.dtype, device=x.device).copy_(x)
+
+
+def backward(
+    impl: str,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from the whole attention's `out` and `lse`."""
+    options = {} if softcap is None else {"softcap": softcap}
+    passes = _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device)
+    kernel = _BACKWARD[impl]
+    if len(passes) == 1 and len(passes[0]) == 1 and passes[0][0].whole:
+        given = grad_out, grad_lse, q, k, v, out, lse, passes[0][0].lists, scale
+        return kernel.backward(*given, **options)
+    # Passes add up in float32 and are rounded once.
+    grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    for problem in (problem for problems in passes for problem in problems):
+        rows: list[Tensor] = [q, out, grad_out, lse[..., None], grads[0]]
+        rows += [] if grad_lse is None else [grad_lse[..., None]]
+        for some, keys in _views(problem, tuple(rows), (k, v, *grads[1:])):
+            more = None if grad_lse is None else some[5][..., 0].contiguous()
+            given = some[2], more, some[0], keys[0], keys[1], some[1], some[3][..., 0].contiguous()
+            found = kernel.backward(*given, problem.lists, scale, **options)
+            for into, part in zip((some[4], *keys[2:]), found, strict=True):
+                into += part
+    return grads[0], grads[1], grads[2]
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The attention that each key receives, `(batch, Hkv, m)` float32; see `kernels.cpu`."""
+    total = q.new_zeros(k.shape[:3], dtype=torch.float32)
+    for problems in _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device):
+        for problem in problems:
+            rows, keys = (q, lse.float()[..., None]), (k, total[..., None])
+            for (some_q, some_lse), (some_k, into) in _views(problem, rows, keys):
+                given = some_q, some_k, some_lse[..., 0].contiguous()
+                into[..., 0] += gpu_received.received(*given, problem.lists, scale, softcap)
+    return total
+
+
+def _views(
+    problem: _Problem, rows: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """What a problem concerns of `rows` and `keys`, `(batch, heads, sequence, width)` each."""
+    if problem.whole:
+        yield rows, keys
+        return
+    sides = (
+        (rows, problem.first_query, problem.lists.n),
+        (keys, problem.first_key, problem.lists.m),
+    )
+    for b in range(rows[0].shape[0]):
+        views = []
+        for tensors, first, size in sides:
+            some = []
+            for x in tensors:
+                sb, sh, sn, sd = x.stride()
+                shape = problem.count, x.shape[1], size, x.shape[3]
+                start = x.storage_offset() + b * sb + first * sn
+                some.append(x.as_strided(shape, (sn, sh, problem.step * sn, sd), start))
+            views.append(tuple(some))
+        yield views[0], views[1]

@@ -1,0 +1,132 @@
+"""The attention that each key received, exact, on a GPU: what heavy-hitter policies rank keys by.
+
+`received[b, h, j]` sums `exp(score - lse)` over all queries that see key j and all query heads of
+KV head h: the column sums of the softmax (H2O, https://arxiv.org/abs/2306.14048), which a fused
+forward never has. From its log-sum-exp they cost one more product of Q and K, half of a forward's
+operations, and no memory beside the result. A tile of keys stays on the chip while the queries that
+see it stream by, and every thread keeps sums of its own until the end. So results repeat to the
+bit.
+
+On Hopper, for the common shapes, that is a kernel in Gluon; elsewhere one in Triton.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from attnspan.kernels.gpu_lists import Lists
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LOG2E = 1.4426950408889634
+
+
+def lacks(q: Tensor, k: Tensor) -> str | None:
+    """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
+    if find_spec("triton") is None:
+        return "it needs triton, which isn't installed"
+    if q.device.type != "cuda":
+        return f"it has no kernel for {q.device.type} tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if q.dtype not in _DTYPES:
+        return f"it has no {str(q.dtype).removeprefix('torch.')} kernel"
+    if q.shape[3] > 256:
+        return f"it has heads of at most 256 channels, not {q.shape[3]}"
+    return None
+
+
+def received(
+    q: Tensor, k: Tensor, lse: Tensor, lists: Lists, scale: float, softcap: float | None = None
+) -> Tensor:
+    """The attention that each key received: `(batch, Hkv, m)` float32.
+
+    Args:
+        q: `(batch, Hq, n, head_dim)`, any strides; bfloat16, float16 or float32.
+        k: `(batch, Hkv, m, head_dim)`; `Hq % Hkv == 0`.
+        lse: `(batch, Hq, n)` float32, of the whole attention: over all passes of a pattern, and
+            with the sink logits if there are any.
+        lists: which keys each query sees, for n queries and m keys.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`, after the scale.
+    """
+    batch, kv_heads, m = k.shape[:3]
+    out = lse.new_empty((batch, kv_heads, m))
+    if not lse.numel() or not m:
+        return out.zero_()
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    lse = lse.contiguous()
+    with torch.cuda.device_of(q):
+        if _on_hopper(q, k, scale, softcap):
+            launch_hopper(q, k, lse, out, lists, scale)
+        else:
+            launch_portable(q, k, lse, out, lists, scale, softcap)
+    return out
+
+
+def _on_hopper(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> bool:
+    return (
+        q.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in (64, 128)
+        and softcap is None
+        and scale > 0
+        and _addressable(q)
+        and _addressable(k)
+    )
+
+
+def _addressable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can: it wants whole 16 bytes."""
+    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+
+
+def launch_portable(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    lists: Lists,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """The Triton kernel, into `out`."""
+    from attnspan.kernels import triton_code
+
+    code: Any = triton_code  # whose launch options no type checker knows
+
+    heads, n, head_dim = q.shape[1:]
+    batch, kv_heads, m = out.shape
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    wide = q.dtype == torch.float32
+    if wide:
+        tile_q, tile_k, warps, stages = 32, 32, 4, 1
+    else:
+        tile_q, tile_k, warps, stages = (64, 128, 4, 3) if padded <= 128 else (64, 64, 4, 2)
+    inner, outer = (1.0, scale * _LOG2E) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    ptr, items = lists.columns(tile_k, tile_q)
+    tiles = -(-m // tile_k)
+    strides = [0 if x.shape[d] == 1 else x.stride(d) for x in (q, k) for d in range(3)]
+    code.received[(tiles * batch * kv_heads,)](
+        q, k, lse, out, lists.low, lists.high, ptr, items, *strides,
+        n, m, kv_heads, heads // kv_heads, tiles, inner, outer,
+        D=head_dim, BD=padded, TQ=tile_q, TK=tile_k, RANGES=lists.low.shape[0],
+        CAP=softcap is not None, PRECISION="ieee" if wide else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def launch_hopper(
+    q: Tensor, k: Tensor, lse: Tensor, out: Tensor, lists: Lists, scale: float
+) -> None:
+    """The Gluon kernel, into `out`."""
+    from attnspan.kernels import received_hopper
+
+    received_hopper.launch(q, k, lse, out, lists, scale * _LOG2E)

@@ -1,0 +1,376 @@
+"""Decoding on a GPU, against the definition in float64; its kernels compile without one too."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnspan.cache.storage import Dense, Int4, Int8
+from attnspan.kernels import gpu_decode
+from attnspan.kernels.view import Angles, KVView, Part, RawPart, Stored
+from attnspan.positions import Rope
+from attnspan.testing import assert_accurate, make_qkv, poisoned_memory
+
+HEADS = (8, 2)
+
+
+def softmax(
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[float, float, float]]:
+    """out, lse and what keys received, computed in `dtype`, and how large the summed terms are."""
+    logits, values, sizes = [], [], [0.0]
+    for query, key, value, mask in parts:
+        groups = query.shape[1] // key.shape[1]
+        q = query.to(dtype)
+        k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (key, value))
+        x = q @ k.mT * scale
+        if x.numel():
+            sizes.append((q.double().abs() @ k.double().abs().mT * abs(scale)).max().item())
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
+        logits.append(x if mask is None else x + mask.to(dtype))
+        values.append(v)
+    whole = torch.cat(logits, -1)
+    lse = whole.double().logsumexp(-1)
+    if sink_logits is not None:
+        lse = torch.logaddexp(lse, sink_logits.double()[:, None].expand_as(lse))
+    weights = torch.exp(whole.double() - lse.clamp_min(-1e300)[..., None])
+    out = weights.to(dtype) @ torch.cat(values, 2)
+    kv_heads = parts[0][1].shape[1]
+    got = weights.unflatten(1, (kv_heads, -1)).sum((2, 3))
+    lengths = [x.shape[-1] for x in logits]
+    size = max(sizes)
+    terms = (weights @ torch.cat(values, 2).double().abs()).max().item() * (1 + size)
+    most = got.max().item() * (1 + size) if got.numel() else 0.0
+    return out, lse, list(got.split(lengths, 2)), (terms, size + 1, most)
+
+
+def check(view: KVView, exact, low, scale: float, dtype: torch.dtype, counters=None, **options):
+    """`exact` and `low` are the view's parts as tensors, in float64 and in `dtype`."""
+    got = gpu_decode.decode(view, scale, **options, return_received=True)
+    again = gpu_decode.decode(view, scale, **options, counters=counters)
+    repeated = gpu_decode.decode(view, scale, **options, counters=counters)
+    assert torch.equal(repeated[0], again[0])
+    assert torch.equal(repeated[1], again[1])
+    cap, sink = options.get("softcap"), options.get("sink_logits")
+    *best, sizes = softmax(exact, scale, cap, sink, torch.float64)
+    *rough, _ = softmax(low, scale, cap, sink, dtype)
+    for result in (got, again):
+        for name, a, b, c, size in zip(("out", "lse"), result, rough, best, sizes, strict=False):
+            assert_accurate(a, b, c, size, dtype, name)
+    for a, b, c in zip(got[2], rough[2], best[2], strict=True):
+        assert_accurate(a, b, c, sizes[2], dtype, "received")
+    if counters is not None:
+        assert not counters.any()
+
+
+def raw_part(
+    storage, n: int, m: int, turned: str, dtype: torch.dtype, head_dim: int, heads, masked: bool,
+    batch: int = 2, seed: int = 0,
+):  # fmt: skip
+    """A stored part, and the same as tensors: in float64, and rounded to `dtype`."""
+    q, k, v = make_qkv(
+        m, n, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, device="cuda", seed=seed
+    )
+    mean = k.float().mean(2, keepdim=True).half().float() if storage.kind == "int4" else None
+    fields = storage.encode(k, v, mean)
+    wide = None if mean is None else mean.double()
+    key, value = storage.decode(
+        {name: x.double() if x.is_floating_point() else x for name, x in fields.items()},
+        wide, torch.float64,
+    )  # fmt: skip
+    angles = None
+    if turned != "no":
+        width = head_dim if turned == "halves" else head_dim // 2
+        rope = Rope(width, 1e4, interleaved=turned == "pairs")
+        places = torch.randperm(n, generator=torch.Generator().manual_seed(0)).cuda()
+        key = rope.turn(key, *rope.spread(places, dtype=torch.float64))
+        angles = Angles(*rope.cos_sin(places), rope.interleaved)
+    mask = None
+    if masked:
+        mask = torch.zeros(m, n, device="cuda").masked_fill(
+            torch.arange(n, device="cuda") % 5 == 2, -torch.inf
+        )
+    group = storage.group if storage.kind == "int4" else 0
+    part = RawPart(q, Stored(storage.kind, fields, mean, group, angles), mask)
+    return part, (q, key, value, mask), (q, key.to(dtype), value.to(dtype), mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", [Dense(), Int8(), Int4()], ids=str)
+@pytest.mark.parametrize("turned", ["no", "halves"])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "head_dim"),
+    [(5, 1, (8, 2), 128), (1100, 1, (32, 8), 128), (333, 3, (16, 2), 64), (2001, 16, (8, 2), 128)],
+)
+def test_storages_are_read_as_they_are(storage, turned, n, m, heads, head_dim, dtype) -> None:
+    part, exact, low = raw_part(storage, n, m, turned, dtype, head_dim, heads, masked=n > 5)
+    counters = torch.zeros(64, dtype=torch.int32, device="cuda")
+    check(KVView((part,)), [exact], [low], head_dim**-0.5, dtype, counters)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("storage", [Dense(), Int8(), Int4()], ids=str)
+@pytest.mark.parametrize("turned", ["pairs", "half"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_are_turned_in_pairs_and_in_part(storage, turned, head_dim) -> None:
+    part, exact, low = raw_part(storage, 333, 2, turned, torch.bfloat16, head_dim, HEADS, False)
+    check(KVView((part,)), [exact], [low], head_dim**-0.5, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("storage", [Dense(), Int8(), Int4()], ids=str)
+def test_one_softmax_over_all_parts(storage) -> None:
+    part, exact, low = raw_part(storage, 700, 2, "no", torch.bfloat16, 128, HEADS, True)
+    q, k, v = make_qkv(
+        2, 4, batch=2, heads=HEADS, head_dim=128, dtype=torch.bfloat16, device="cuda", seed=3
+    )
+    front = (q, k, v, None)
+    options = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 1, 8, device="cuda")}
+    counters = torch.zeros(4, dtype=torch.int32, device="cuda")
+    view = KVView((Part(q, k, v), part))
+    check(view, [front, exact], [front, low], 0.3, torch.bfloat16, counters, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+def test_strided_and_unaligned_caches_are_read_where_they_lie() -> None:
+    q, k, v = make_qkv(
+        1, 300, batch=2, heads=HEADS, head_dim=128, dtype=torch.bfloat16, device="cuda"
+    )
+    exact = [(q, k, v, None)]
+    wide = [torch.full((2, 300, 2, 136), torch.nan, device="cuda", dtype=q.dtype) for _ in "kv"]
+    for offset in (0, 8, 1):
+        views = [x[..., offset : offset + 128].transpose(1, 2) for x in wide]
+        for to, x in zip(views, (k, v), strict=True):
+            to.copy_(x)
+        check(KVView((Part(q, *views),)), exact, exact, 0.1, torch.bfloat16)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    check(KVView((Part(q, *views),)), exact, exact, 0.1, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+def test_a_query_that_sees_nothing_gives_zeros() -> None:
+    q, k, v = make_qkv(2, 90, heads=HEADS, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    mask = torch.zeros(2, 90, device="cuda")
+    mask[1] = -torch.inf
+    out, lse, scores = gpu_decode.decode(KVView((Part(q, k, v, mask),)), 0.1, return_received=True)
+    assert scores is not None
+    assert not out[:, :, 1].any()
+    assert (lse[:, :, 1] == -torch.inf).all()
+    torch.testing.assert_close(scores[0].sum(-1), torch.full((1, 2), 4.0, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("storage", [Dense(), Int8()], ids=str)
+def test_rows_of_different_lengths_in_one_captured_graph(storage) -> None:
+    slots, dtype = 900, torch.bfloat16
+    q, k, v = make_qkv(1, slots, batch=4, heads=HEADS, head_dim=128, dtype=dtype, device="cuda")
+    fields = storage.encode(k, v, None)
+    key, value = storage.decode({n: x.double() if x.is_floating_point() else x
+                                 for n, x in fields.items()}, None, torch.float64)  # fmt: skip
+    scales = {n: x for n, x in fields.items() if n.endswith("scale")}
+    lengths = torch.tensor([900, 1, 0, 411], dtype=torch.int32, device="cuda")
+    starts = torch.zeros(4, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(8, dtype=torch.int32, device="cuda")
+
+    def run(scored: bool):
+        return gpu_decode.decode_rows(
+            q, fields["key"], fields["value"], lengths, starts, scale=0.1, **scales,
+            return_received=scored, counters=counters,
+        )  # fmt: skip
+
+    run(True), run(False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(True), run(False)
+    for ends in ((0, 900), (7, 880), (500, 77)):
+        first = torch.tensor([0, 3, ends[0], ends[0]], dtype=torch.int32, device="cuda")
+        starts.copy_(first)
+        lengths.copy_(torch.tensor([ends[1] - ends[0] if ends[1] > ends[0] else 5, 1, 0, ends[1]])
+                      .clamp_max(slots - first.cpu()))  # fmt: skip
+        graph.replay()
+        for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            row, seen = slice(b, b + 1), slice(start, start + length)
+            exact = [(q[row], key[row, :, seen], value[row, :, seen], None)]
+            *best, sizes = softmax(exact, 0.1, None, None, torch.float64)
+            low = [(q[row], exact[0][1].to(dtype), exact[0][2].to(dtype), None)]
+            *rough, _ = softmax(low, 0.1, None, None, dtype)
+            for out, lse, scores in results:
+                assert_accurate(out[row], rough[0], best[0], sizes[0], dtype, "out")
+                assert_accurate(lse[row], rough[1], best[1], sizes[1], dtype, "lse")
+                if scores is not None:
+                    assert_accurate(
+                        scores[row, :, seen], rough[2][0], best[2][0], sizes[2], dtype, "received"
+                    )
+                    assert not scores[row, :, :start].any()
+                    assert not scores[row, :, start + length :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_scales_may_lie_far_apart(dtype) -> None:
+    q, k, v = make_qkv(1, 1500, batch=2, heads=HEADS, head_dim=128, dtype=dtype, device="cuda")
+    spread = torch.logspace(-5, 3, 1500, device="cuda")
+    spread = spread[torch.randperm(1500, generator=torch.Generator().manual_seed(0)).cuda()]
+    v = (v.float() * spread[:, None]).to(dtype)
+    q = (q.float() * torch.logspace(-6, 1.5, 8, device="cuda")[:, None, None]).to(dtype)
+    fields = Int8().encode(k, v, None)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in fields.items()}
+    exact = (q, *Int8().decode(wide, None, torch.float64), None)
+    low = (q, exact[1].to(dtype), exact[2].to(dtype), None)
+    view = KVView((RawPart(q, Stored("int8", fields)),))
+    check(view, [exact], [low], 0.1, dtype)
+
+
+@pytest.mark.gpu
+def test_what_lies_past_a_row_is_not_read() -> None:
+    q, k, v = make_qkv(1, 256, heads=HEADS, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    k[:, :, 100:], v[:, :, 100:] = torch.nan, torch.nan
+    lengths = torch.tensor([100], dtype=torch.int32, device="cuda")
+    with poisoned_memory():
+        out, _, _ = gpu_decode.decode_rows(q, k, v, lengths, scale=0.1)
+    assert out.isfinite().all()
+    out, _, _ = gpu_decode.decode_rows(q, k, v, lengths + 1, scale=0.1)
+    assert out.isnan().all()
+
+
+@pytest.mark.gpu
+def test_one_wrong_key_is_seen() -> None:
+    part, exact, low = raw_part(Int8(), 300, 1, "no", torch.bfloat16, 128, HEADS, False)
+    check(KVView((part,)), [exact], [low], 0.3, torch.bfloat16)
+    for x in (exact[1], exact[2], low[1], low[2]):
+        x[:, :, 0] = x[:, :, 1]
+    with pytest.raises(AssertionError, match="error"):
+        check(KVView((part,)), [exact], [low], 0.3, torch.bfloat16)
+
+
+def test_it_says_what_it_lacks() -> None:
+    x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
+    assert gpu_decode.lacks(x, x, x) == "it runs on a GPU, not on cpu"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "keys", "runs"),
+    [(8, 65536, 16), (8, 4096, 16), (1, 10, 1), (128, 32768, 1), (8, 64, 1)],
+)
+def test_runs_fill_the_processors_and_no_wave_is_left_half_empty(pairs, keys, runs) -> None:
+    assert gpu_decode._runs(pairs, keys, 132) == runs
+
+
+def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], **options):
+    """A kernel's machine code for sm_90a, and the tool that reads it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    signature, fixed, known = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[(i,)] = "constexpr", constants[name]
+            continue
+        signature[name] = pointers.get(name, "i32")
+        if name in pointers or re.fullmatch("(q|key|value)_(batch|head|row)|angle_row", name):
+            known[(i,)] = [["tt.divisibility", 16]]
+    for name in ("factor", "softcap"):
+        if signature.get(name) == "i32":
+            signature[name] = "fp32"
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    made = triton.compile(
+        source(kernel, signature, fixed, known), target=GPUTarget("cuda", 90, 32), options=options
+    )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton comes without cuobjdump")
+    return made.asm["cubin"], tool
+
+
+def uses(tmp_path, *args, **options) -> tuple[int, int]:
+    """Registers and bytes of stack."""
+    cubin, tool = compiled(*args, **options)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin)
+    said = subprocess.run(
+        [tool, "-res-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2])
+
+
+POINTERS = {
+    "q": "*bf16", "out": "*bf16", "mask": "*fp32", "lengths": "*i32", "starts": "*i32",
+    "sink": "*fp32", "part": "*fp32", "stats": "*fp32", "lse": "*fp32", "scores": "*fp32",
+    "counters": "*i32", "key_scale": "*fp16", "value_scale": "*fp16", "value_least": "*fp16",
+    "mean": "*fp32", "cos": "*fp32", "sin": "*fp32", "received": "*fp32",
+}  # fmt: skip
+NONE = dict.fromkeys(("mask", "lengths", "starts", "sink", "scores", "softcap", "counters"))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(8, 128), (16, 128), (32, 128), (64, 128), (8, 64)])
+@pytest.mark.parametrize("name", ["attend_dense", "attend_int8"])
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "all options"])
+def test_kernels_for_plain_keys_compile_without_spilling(name, rows, width, full, tmp_path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from attnspan.kernels import gpu_decode_stored
+
+    constants = {} if full else dict(NONE)
+    constants |= {"M": rows // 8, "G": 8, "D": width, "N": rows, "W": 4, "MOST": 32}
+    wide = 128 // width
+    if name == "attend_dense":
+        constants |= {"T": 16 * wide, "STAGES": 3 * max(1, rows // 16)}
+    else:
+        constants |= {"T": 32 * wide, "STAGES": 3 * max(1, rows // 16), "ks_row": 1, "vs_row": 1}
+    words = "*bf16" if name == "attend_dense" else "*i32"
+    pointers = {**POINTERS, "key": words, "value": words}
+    kernel = getattr(gpu_decode_stored, name)
+    registers, stack = uses(tmp_path, kernel, pointers, constants, num_warps=4)
+    assert stack == 0, (registers, stack)
+
+
+@pytest.mark.parametrize(("kind", "type_"), [(0, "*bf16"), (1, "*i8"), (2, "*u8")])
+@pytest.mark.parametrize("turned", [0, 128])
+def test_kernels_for_turned_keys_compile_without_spilling(kind, type_, turned, tmp_path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from attnspan.kernels import gpu_decode_turned
+
+    constants = {
+        **NONE, "KIND": kind, "M": 1, "G": 4, "D": 128, "PADDED": 16, "GROUP": 32,
+        "TURNED": turned, "INTERLEAVED": False, "BLOCK": 64,
+    }  # fmt: skip
+    del constants["sink"], constants["counters"]
+    if kind == 0:
+        constants |= {"key_scale": None, "value_scale": None}
+    if kind < 2:
+        constants |= {"value_least": None, "mean": None}
+    if not turned:
+        constants |= {"cos": None, "sin": None}
+    pointers = {**POINTERS, "key": type_, "value": type_}
+    kernel = gpu_decode_turned.attend_turned
+    assert uses(tmp_path, kernel, pointers, constants, num_warps=4, num_stages=3)[1] == 0
+
+
+def test_the_last_pass_compiles_without_spilling(tmp_path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from attnspan.kernels import gpu_decode_turned
+
+    constants = {"M": 1, "G": 4, "D": 128, "PADDED": 4, "RUNS": 32, "CHUNK": 1024}
+    kernel = gpu_decode_turned.finish
+    assert uses(tmp_path, kernel, POINTERS, constants, num_warps=4)[1] == 0

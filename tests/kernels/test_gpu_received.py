@@ -1,0 +1,220 @@
+"""What keys receive: against float64 on a GPU, by Triton's interpreter and compilers on a CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnspan.kernels import gpu_received
+from attnspan.kernels.gpu_lists import Lists
+from attnspan.patterns import (
+    Causal,
+    Documents,
+    Full,
+    Longformer,
+    Pattern,
+    Sinks,
+    SlidingWindow,
+    plan,
+)
+from attnspan.testing import assert_accurate, make_qkv
+
+pytest.importorskip("triton", reason="triton isn't installed")
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+
+def lists(pattern: Pattern, n: int, m: int, offset: int, device: str) -> Lists:
+    (only,) = plan(pattern, n, m, offset)
+    return Lists(only.jobs[0].tiles, device)
+
+
+def weights(
+    q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax `(batch, Hkv, G, n, m)`, its lse, and how large the terms of scores are."""
+    q, k = q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype)
+    scores = torch.einsum("bhgnd,bhmd->bhgnm", q, k) * scale
+    sizes = torch.einsum("bhgnd,bhmd->bhgnm", q.abs(), k.abs()) * abs(scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).masked_fill(~mask, 0), lse, sizes
+
+
+def check(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    offset: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """A float32 kernel: its error is held against the definition in float32, whatever q's dtype."""
+    n, m = q.shape[2], k.shape[2]
+    tiles = lists(pattern, n, m, offset, q.device.type)
+    mask = pattern.sees(
+        torch.arange(n, device=q.device)[:, None] + offset, torch.arange(m, device=q.device)
+    )
+    exact, lse, sizes = weights(q, k, mask, scale, softcap, torch.float64)
+    low, _, _ = weights(q, k, mask, scale, softcap, torch.float32)
+    got = gpu_received.received(q, k, lse.flatten(1, 2).float(), tiles, scale, softcap)
+    # A weight carries the rounding of its score and of the lse that it takes.
+    level = lse.abs().masked_fill(lse == -torch.inf, 0)[..., None]
+    magnitude = (exact * (1 + sizes + level)).sum((2, 3)).max().item()
+    assert_accurate(got, low.sum((2, 3)), exact.sum((2, 3)), magnitude, torch.float32, "received")
+    return got
+
+
+PATTERNS = [
+    Causal(),
+    Full(),
+    SlidingWindow(70),
+    SlidingWindow(300) | Sinks(3),
+    Longformer(90, 5, right=20),
+    Documents((60, 101, 239)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_tiles_of_every_kind(pattern, dtype, head_dim) -> None:
+    q, k, _ = make_qkv(
+        400, 515, batch=2, heads=(8, 2), head_dim=head_dim, dtype=dtype, device="cuda"
+    )
+    check(pattern, q, k, 115, head_dim**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2), (6, 2), (8, 1), (16, 1)])
+def test_groups_of_every_size(heads) -> None:
+    q, k, _ = make_qkv(333, 333, heads=heads, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    check(SlidingWindow(100), q, k, 0, 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 24, 80, 256])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.1, None), (0.2, 5.0), (-0.1, None)])
+def test_heads_and_scores_of_every_kind(head_dim, scale, softcap) -> None:
+    q, k, _ = make_qkv(
+        200, 200, heads=(4, 2), head_dim=head_dim, dtype=torch.float16, device="cuda"
+    )
+    check(SlidingWindow(90), q, k, 0, scale, softcap)
+
+
+@pytest.mark.gpu
+def test_queries_that_see_nothing_give_nothing() -> None:
+    q, k, _ = make_qkv(150, 100, heads=(2, 1), head_dim=64, dtype=torch.bfloat16, device="cuda")
+    got = check(SlidingWindow(30), q, k, -60, 0.125)
+    assert not got[..., 90:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [1, 2])
+def test_strided_views_are_read_where_they_lie(step) -> None:
+    q, k, _ = (
+        x.transpose(1, 2).contiguous().transpose(1, 2)[:, :, ::step]
+        for x in make_qkv(400, 400, heads=(4, 2), head_dim=64, dtype=torch.float16, device="cuda")
+    )
+    check(SlidingWindow(90), q, k, 0, 0.125)
+
+
+@pytest.mark.gpu
+def test_it_repeats_to_the_bit() -> None:
+    q, k, _ = make_qkv(2000, 2000, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
+    runs = [check(SlidingWindow(700), q, k, 0, 0.1) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_no_keys_and_no_queries() -> None:
+    q, k, _ = make_qkv(0, 3)
+    got = gpu_received.received(q, k, q.new_zeros(1, 2, 0), lists(Full(), 0, 3, 0, "cpu"), 1.0)
+    assert got.tolist() == [[[0, 0, 0]]]
+
+
+def test_what_it_lacks_is_said() -> None:
+    q, k, _ = make_qkv(3, 3)
+    assert gpu_received.lacks(q, k) == "it has no kernel for cpu tensors"
+
+
+# In a process of its own: Triton decides at its import whether it interprets.
+INTERPRETED = """
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+# Triton 3.6 turns arrays of one element into integers, which NumPy 2.4 does no more.
+patched = interpreter._patch_lang_tensor
+def patch(tensor, scope):
+    patched(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+interpreter._patch_lang_tensor = patch
+
+from attnspan.patterns import SlidingWindow, Sinks
+from attnspan.testing import make_qkv, poisoned_memory
+from kernels.test_gpu_received import check
+
+with np.errstate(all="ignore"), poisoned_memory():
+    for width, dtype, offset, scale, softcap in (
+        (24, torch.float32, 20, 0.3, None),
+        (16, torch.float16, -20, -0.3, 5.0),
+    ):
+        q, k, _ = make_qkv(70, 90, heads=(4, 2), head_dim=width, dtype=dtype)
+        check(SlidingWindow(20) | Sinks(3), q, k, offset, scale, softcap)
+"""
+
+
+def test_the_portable_kernel_is_the_definition_by_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_portable_kernel_compiles_without_a_gpu(capability, tmp_path) -> None:
+    from triton_compile import compiled, recorded
+
+    from attnspan.kernels import triton_code
+
+    q, k, _ = make_qkv(300, 300, heads=(4, 2), head_dim=128, dtype=torch.bfloat16)
+    tiles = lists(SlidingWindow(70) | Sinks(3), 300, 300, 0, "cpu")
+    with recorded(triton_code, "received") as launches:
+        gpu_received.received(q, k, q.new_zeros(1, 4, 300, dtype=torch.float32), tiles, 0.1)
+    (launch,) = launches
+    assert f".target sm_{capability}" in compiled(launch, capability, tmp_path).asm["ptx"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_hopper_kernel_compiles_without_a_gpu(head_dim, tmp_path) -> None:
+    """And as it is meant to be: nothing spilled, no product waited for one step at a time."""
+    from triton_compile import compiled, machine_code, recorded
+
+    from attnspan.kernels import received_hopper
+
+    q, k, _ = make_qkv(300, 300, heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16)
+    lse, out = torch.zeros(1, 8, 300), torch.zeros(1, 2, 300)
+    tiles = lists(SlidingWindow(70), 300, 300, 0, "cpu")
+    with recorded(received_hopper, "received") as launches:
+        gpu_received.launch_hopper(q, k, lse, out, tiles, 0.1)
+    (launch,) = launches
+    made = compiled(launch, 90, tmp_path)
+    assert made.metadata.shared <= 227 * 1024
+    code = machine_code(made, tmp_path)
+    assert not re.findall(r"\b(?:STL|LDL)\b", code)
+    # Two warpgroups, two products in flight in each.
+    assert len(re.findall("HGMMA", code)) == 2 * 2 * head_dim // 16
+    assert len(re.findall("WARPGROUP.DEPBAR", code)) == 4

@@ -1,0 +1,222 @@
+"""The Hopper kernel against the definition in float64, and that it compiles where there is none."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: no GPU kernel can be compiled")
+
+from sass import disassembled, unset_uniform_registers
+
+from attnspan.kernels import hopper
+from attnspan.kernels.gpu_lists import Lists
+from attnspan.kernels.reference import reference
+from attnspan.patterns import (
+    Blockwise,
+    Causal,
+    Documents,
+    Full,
+    GlobalTokens,
+    Longformer,
+    Pattern,
+    Sinks,
+    SlidingWindow,
+    Strided,
+    plan,
+)
+from attnspan.testing import assert_accurate, magnitudes, make_qkv, poisoned_memory
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def lists_of(pattern: Pattern, n: int, m: int, offset: int) -> Lists:
+    (only,) = plan(pattern, n, m, offset)
+    (job,) = only.jobs
+    return Lists(job.tiles, "cuda")
+
+
+def check(q, k, v, pattern: Pattern, offset: int, scale: float | None = None) -> None:
+    """Forward twice, equal to the bit, and as near to float64 as the dtype allows."""
+    n, m = q.shape[2], k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lists = lists_of(pattern, n, m, offset)
+    with poisoned_memory():
+        out, lse = hopper.forward(q, k, v, lists, scale)
+        again = hopper.forward(q, k, v, lists, scale)
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+    i, j = torch.arange(n, device="cuda")[:, None] + offset, torch.arange(m, device="cuda")
+    mask = pattern.sees(i, j).expand(n, m)
+    exact, exact_lse = reference(q, k, v, mask, scale=scale, cast=False)
+    low, low_lse = reference(q, k, v, mask, scale=scale, compute=q.dtype)
+    sizes = magnitudes(q, k, v, mask, scale=scale)
+    assert_accurate(out, low, exact, sizes[0], q.dtype, "out")
+    assert_accurate(lse, low_lse, exact_lse, sizes[1], q.dtype, "lse")
+
+
+def make(n, m, heads=(8, 2), head_dim=128, dtype=BF16, batch=1):
+    return make_qkv(n, m, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("pattern", "n", "m", "offset"),
+    [
+        (SlidingWindow(1024), 1500, 1500, 0),
+        (SlidingWindow(1), 300, 300, 0),
+        (SlidingWindow(129), 517, 517, 0),
+        (SlidingWindow(150), 211, 467, 256),
+        (SlidingWindow(90), 301, 200, -50),
+        (SlidingWindow(90), 301, 200, 250),
+        (SlidingWindow(70, include_self=False), 333, 333, 0),
+        (SlidingWindow(300), 1, 601, 600),
+        (SlidingWindow(200) | Sinks(4), 901, 901, 0),
+        (Longformer(200, 64), 901, 901, 0),
+        (Longformer(100, 30, right=99), 500, 500, 0),
+        (Documents((100, 7, 300, 65)), 500, 500, 0),
+        (Documents((100, 7, 300, 65), causal=False), 500, 500, 0),
+        (Blockwise(50, before=True), 400, 400, 0),
+        (GlobalTokens((3, 99, 300)) | SlidingWindow(40), 600, 600, 0),
+        (Causal(), 777, 777, 0),
+        (Full(), 130, 1000, 0),
+        (~Causal(), 200, 200, 0),
+    ],
+    ids=str,
+)
+def test_patterns(pattern, n, m, offset) -> None:
+    check(*make(n, m), pattern, offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (8, 2), (8, 1)], ids=str)
+def test_heads_and_dtypes(heads, head_dim, dtype) -> None:
+    q, k, v = make(601, 601, heads, head_dim, dtype, batch=2)
+    check(q, k, v, SlidingWindow(300) | Sinks(3), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_beyond_the_guess_are_redone(head_dim, dtype) -> None:
+    q, k, v = make(700, 700, head_dim=head_dim, dtype=dtype, batch=2)
+    k[:, :, ::37] *= 24
+    check(q, k, v, SlidingWindow(500), 0)
+    k[:, :, :2] *= 8
+    check(q, k, v, SlidingWindow(200) | Sinks(4), 0)
+
+
+@pytest.mark.gpu
+def test_strides_are_free() -> None:
+    q, k, v = make(300, 500, batch=2)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    wide = torch.randn(2, 2, 1000, 136, dtype=BF16, device="cuda")
+    wide[:, :, ::2, :128] = v
+    check(q, k, wide[:, :, ::2, :128], SlidingWindow(150), 200)
+    # One that no TMA descriptor can have.
+    odd = torch.randn(2, 2, 500, 131, dtype=BF16, device="cuda")
+    odd[..., 1:129] = v
+    check(q, k, odd[..., 1:129], SlidingWindow(150), 200)
+    check(q, k[:1].expand(2, -1, -1, -1), v, SlidingWindow(150), 200)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 1.0])
+def test_scales(scale) -> None:
+    check(*make(300, 300), SlidingWindow(150), 0, scale)
+
+
+@pytest.mark.gpu
+def test_residue_classes_are_a_batch() -> None:
+    """A pass of a strided pattern: every step-th row and key, seen through strides."""
+    q, k, v = make(640, 640)
+    _, strided = plan(Strided(16, 8), 640)
+    for job in strided.jobs:
+        shape = (job.count, -1, job.tiles.n, 128)
+        views = [
+            x.as_strided(
+                (job.count, x.shape[1], size, 128),
+                (128, x.stride(1), strided.step * 128, 1),
+                first * 128,
+            )
+            for x, size, first in (
+                (q, job.tiles.n, job.first_query),
+                (k, job.tiles.m, job.first_key),
+                (v, job.tiles.m, job.first_key),
+            )
+        ]
+        assert views[0].shape == (shape[0], 8, shape[2], 128)
+        out, lse = hopper.forward(*views, Lists(job.tiles, "cuda"), 0.1)
+        i = torch.arange(job.tiles.n, device="cuda")[:, None] + job.tiles.offset
+        mask = job.tiles.rule.sees(i, torch.arange(job.tiles.m, device="cuda"))
+        exact, exact_lse = reference(*views, mask, scale=0.1, cast=False)
+        low, low_lse = reference(*views, mask, scale=0.1, compute=BF16)
+        sizes = magnitudes(*views, mask, scale=0.1)
+        assert_accurate(out, low, exact, sizes[0], BF16, "out")
+        assert_accurate(lse, low_lse, exact_lse, sizes[1], BF16, "lse")
+
+
+@pytest.mark.gpu
+def test_empty_tensors() -> None:
+    q, k, v = make(5, 0)
+    out, lse = hopper.forward(q, k, v, lists_of(Full(), 5, 0, 0), 1.0)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs() -> None:
+    q, k, v = make(700, 700, batch=2)
+    spiked = k.clone()
+    spiked[:, :, ::37] *= 24
+    lists = lists_of(SlidingWindow(500), 700, 700, 0)
+    wanted = [hopper.forward(q, x, v, lists, 0.1) for x in (k, spiked)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(10):
+        for stream, x in zip(streams, (k, spiked), strict=True):
+            with torch.cuda.stream(stream):
+                got.append(hopper.forward(q, x, v, lists, 0.1))
+    torch.cuda.synchronize()
+    for at, (out, lse) in enumerate(got):
+        assert torch.equal(out, wanted[at % 2][0])
+        assert torch.equal(lse, wanted[at % 2][1])
+    fed = k.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = hopper.forward(q, fed, v, lists, 0.1)
+    for x, (wanted_out, wanted_lse) in zip((k, spiked, k), (*wanted, wanted[0]), strict=True):
+        fed.copy_(x)
+        graph.replay()
+        assert torch.equal(out, wanted_out)
+        assert torch.equal(lse, wanted_lse)
+
+
+def test_what_it_lacks_is_said() -> None:
+    assert hopper.lacks(*make_qkv(4, 4)) == "it runs on an NVIDIA GPU"
+
+
+@pytest.mark.parametrize("guess", [True, False], ids=["guess", "redo"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_it_compiles_without_a_gpu(head_dim, guess, tmp_path, monkeypatch) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = hopper.compiled_for(GPUTarget("cuda", 90, 32), BF16, head_dim, 4, 8, 2, guess)
+    assert kernel.metadata.shared <= 232448, "more than a Hopper multiprocessor has"
+    assert ".target sm_90a" in kernel.asm["ptx"]
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert unset_uniform_registers(disassembled(kernel.asm["cubin"], tmp_path)) == []
+
+
+def test_a_register_set_on_one_path_alone_is_found() -> None:
+    code = [
+        (0x00, "@P0 BRA 0x20"),
+        (0x10, "UIADD3 UR4, UR4, 0x1, URZ"),
+        (0x20, "UIADD3.64 UR6, UR8, URZ, URZ"),
+        (0x30, "HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR4].tnspB, R88"),
+        (0x40, "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR4], R88"),
+        (0x50, "EXIT"),
+    ]
+    assert [x.partition(":")[0] for x in unset_uniform_registers(code)] == ["10", "20", "40"]
