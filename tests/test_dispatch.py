@@ -221,6 +221,8 @@ q, k, v = make_qkv(2, 3, heads=(4, 2))
         ((q, k, v, "causal"), {}, TypeError, "pattern is 'causal'; a Pattern such as Causal"),
         ((q, k, v), {"scale": float("nan")}, ValueError, "scale is nan; None or a finite number"),
         ((q, k, v), {"scale": "1"}, ValueError, "scale is '1'"),
+        ((q, k, v), {"scale": 1e300}, ValueError, "scale is 1e.300; a number up to 2"),
+        ((q, k, v), {"softcap": 1e-46, "impl": "native"}, ValueError, "soft caps lie between"),
         ((q, k, v), {"softcap": 0.0}, ValueError, "softcap is 0.0; None or a finite number above"),
         (
             (q, k, v),

@@ -298,6 +298,9 @@ def _lacks(
         case "hopper" | "triton":
             return gpu.lacks(impl, q, k, v, _text(pattern), offset, softcap)
         case "native":
+            # Beyond, float32 rounds what is capped away, or takes the cap for none.
+            if softcap is not None and not 2**-10 <= softcap <= 2**10:
+                return f"its logit soft caps lie between 2**-10 and 2**10, not at {softcap}"
             return native.lacks(q, k, v)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
@@ -350,6 +353,8 @@ def _check_options(pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: 
         raise TypeError(f"attention: pattern is {pattern!r}; a Pattern such as Causal() is allowed")
     if scale is not None and not _is_finite(scale):
         raise ValueError(f"attention: scale is {scale!r}; None or a finite number is allowed")
+    if scale is not None and abs(scale) > 2**64:
+        raise ValueError(f"attention: scale is {scale!r}; a number up to 2**64 in size is allowed")
     if softcap is not None and not (_is_finite(softcap) and softcap > 0):
         raise ValueError(
             f"attention: softcap is {softcap!r}; None or a finite number above 0 is allowed"
