@@ -127,8 +127,9 @@ def test_the_ring_turns_many_times(head_dim) -> None:
     pattern = SlidingWindow(200)
     lists = lists_of(pattern, 5000, 5000, 0, "cuda")
     rows = hopper_backward.tile_q(head_dim)
-    tiles = 3 * -(-5000 // rows)
-    assert hopper_backward._places(lists, rows, 3, 8, processors=132) < tiles / 2
+    side = hopper_backward._side(head_dim, 8)
+    tiles = 3 * 8 // side * -(-5000 // rows)
+    assert hopper_backward._places(lists, rows, 3 * 8 // side, side, processors=132) < tiles / 2
     # Windows within documents of a thousand tokens: each is a problem small enough for the oracle.
     pattern = SlidingWindow(200) & Documents((1000,) * 5)
     lists = lists_of(pattern, 5000, 5000, 0, "cuda")

@@ -357,7 +357,7 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
         **_named("ks", key_scale),
         **_named("vs", value_scale),
         T=32 * wide,
-        STAGES=3 * warps_of_rows,
+        STAGES=2 * warps_of_rows,
     )
 
 

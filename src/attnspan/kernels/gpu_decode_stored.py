@@ -169,25 +169,30 @@ def _join_warps(top, total, mma: gl.constexpr):
 
 
 @gluon.jit
-def _store_part(
-    acc, share, part, rows, FROM: gl.constexpr, STEP: gl.constexpr, D: gl.constexpr,
-    N: gl.constexpr, WK: gl.constexpr, W: gl.constexpr, memory,
-):  # fmt: skip
-    """Sums the warps' outputs over shared memory into the run's, channels FROM, FROM + STEP, ..."""
-    WIDTH: gl.constexpr = D // STEP
+def _put(acc, share, WIDTH: gl.constexpr, N: gl.constexpr, WK: gl.constexpr):
+    """The warps' outputs in shared memory, each scaled to the run's maximum."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
+    memory = gl.allocate_shared_memory(gl.float32, [WK, N, WIDTH], layout)
     memory.permute([0, 2, 1]).store(acc * share[:, None, :])
-    gl.thread_barrier()
+    return memory
+
+
+@gluon.jit
+def _summed(memory, WIDTH: gl.constexpr, WK: gl.constexpr, W: gl.constexpr):
+    """Over the warps, `(rows, WIDTH)`."""
     lanes: gl.constexpr = WIDTH // 4
     layout: gl.constexpr = gl.BlockedLayout(
         [WK, 1, 4], [1, 32 // lanes, lanes], [1, W, 1], [2, 1, 0]
     )
-    out = gl.sum(memory.load(layout), 0)
-    flat: gl.constexpr = gl.SliceLayout(0, layout)
-    r = gl.arange(0, N, gl.SliceLayout(1, flat))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, flat))
-    seen = (r[:, None] < rows) & (d[None, :] >= 0)
-    gl.store(part + r[:, None] * D + (d * STEP + FROM)[None, :], out, mask=seen)
-    gl.thread_barrier()
+    return gl.sum(memory.load(layout), 0)
+
+
+@gluon.jit
+def _store_part(out, part, rows, N: gl.constexpr, D: gl.constexpr):
+    layout: gl.constexpr = out.type.layout
+    r = gl.arange(0, N, gl.SliceLayout(1, layout))[:, None]
+    d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    gl.store(part + r * D + d, out, mask=(r < rows) & (d >= 0))
 
 
 @gluon.jit
@@ -336,10 +341,8 @@ def attend_dense(
         gdc_launch_dependents()
     most, total, share = _join_warps(top, total, mma)
     run = pair.to(gl.int64) * runs + first_run + split
-    joined: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
-    memory = gl.allocate_shared_memory(gl.float32, [WK, N, D], joined)
     _store_stats(most, total, stats + run * ROWS * 2, ROWS, N, W)
-    _store_part(acc, share, part + run * ROWS * D, ROWS, 0, 1, D, N, WK, W, memory)
+    _store_part(_summed(_put(acc, share, D, N, WK), D, WK, W), part + run * ROWS * D, ROWS, N, D)
     if counters is not None:
         _close(
             part, stats, sink, out, lse, counters, runs, first_run, pair, kv, ROWS, M, G, D, W,
@@ -478,15 +481,16 @@ def attend_int8(
         gdc_launch_dependents()
     most, total, share = _join_warps(top, total, mma)
     run = pair.to(gl.int64) * runs + first_run + split
-    joined: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
-    memory = gl.allocate_shared_memory(gl.float32, [WK, N, WORDS], joined)
     _store_stats(most, total, stats + run * ROWS * 2, ROWS, N, W)
     share = share * (widest * 0.00048828125)[:, None]
-    to = part + run * ROWS * D
-    _store_part(acc0, share, to, ROWS, 0, 4, D, N, WK, W, memory)
-    _store_part(acc1, share, to, ROWS, 1, 4, D, N, WK, W, memory)
-    _store_part(acc2, share, to, ROWS, 2, 4, D, N, WK, W, memory)
-    _store_part(acc3, share, to, ROWS, 3, 4, D, N, WK, W, memory)
+    m0 = _put(acc0, share, WORDS, N, WK)
+    m1 = _put(acc1, share, WORDS, N, WK)
+    m2 = _put(acc2, share, WORDS, N, WK)
+    m3 = _put(acc3, share, WORDS, N, WK)
+    even = gl.join(_summed(m0, WORDS, WK, W), _summed(m2, WORDS, WK, W))
+    odd = gl.join(_summed(m1, WORDS, WK, W), _summed(m3, WORDS, WK, W))
+    out_run = gl.reshape(gl.join(even, odd), [N, D])
+    _store_part(out_run, part + run * ROWS * D, ROWS, N, D)
     if counters is not None:
         _close(
             part, stats, sink, out, lse, counters, runs, first_run, pair, kv, ROWS, M, G, D, W,

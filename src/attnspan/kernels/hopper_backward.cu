@@ -46,12 +46,12 @@ struct Params {
     const int4* columns;
     const int* row_ptr;
     const int4* rows;
-    int* state;              // (batch, query tiles, Hq): less the parts of dQ still due, or DONE
+    int* state;              // like the ring, but for all tiles: less the parts still due, or DONE
     int* next;               // the next work item
-    float* ring;             // (places, Hq, BM * D)
+    float* ring;             // (places, side * group, BM * D)
     void *dq, *dk, *dv;
     Strides dq_strides, dk_strides, dv_strides;
-    int batch, n, m, kv_heads, group, query_tiles, key_tiles, places;
+    int batch, n, m, kv_heads, group, query_tiles, key_tiles, places, side;
     float scale;
 };
 
@@ -67,7 +67,7 @@ struct Prepare {
     int* next;
     void* dq;
     Strides out_strides, grad_strides, lse_strides, grad_lse_strides, dq_strides;
-    int batch, heads, n, kv_heads, query_tiles;
+    int batch, heads, n, strip_heads, query_tiles;
 };
 
 // Shared memory -----------------------------------------------------------------------------------
@@ -93,13 +93,16 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= SHARED_BYTES);
 
+// Items run over the key tiles of `side` KV heads at a time: `strip` counts those sets of heads, over
+// the batch. A tile of dQ is numbered by strip, query tile and query head within the strip.
 struct Item {
-    int batch, tile, head;
+    int strip, tile, batch, head;
 };
 
 __device__ __forceinline__ Item unpacked(const Params& p, int item) {
-    int rest = item / p.kv_heads;
-    return {rest / p.key_tiles, rest % p.key_tiles, item % p.kv_heads};
+    const int beside = item % p.side, rest = item / p.side, strip = rest / p.key_tiles;
+    const int strips = p.kv_heads / p.side;
+    return {strip, rest % p.key_tiles, strip / strips, strip % strips * p.side + beside};
 }
 
 // Consumers ---------------------------------------------------------------------------------------
@@ -464,7 +467,7 @@ __device__ __forceinline__ void settle(const Params& p, Shared& sh, int& done, i
 }
 
 __device__ void add_up(const Params& p, Shared& sh, int lane) {
-    const int heads = p.kv_heads * p.group;
+    const int heads = p.side * p.group;
     u32 slot = 0, item_parity = 0, parity = 0;
     int done = 0;
 #pragma unroll 1
@@ -481,14 +484,15 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
         bool unsettled_final = false;
         const int first = p.column_ptr[at.tile], last = p.column_ptr[at.tile + 1];
 #pragma unroll 1
-        for (int head = at.head * p.group; head < (at.head + 1) * p.group; head++) {
+        for (int g = 0; g < p.group; g++) {
+            const int head = at.head % p.side * p.group + g;
 #pragma unroll 1
             for (int r = last - 1; r >= first; r--) {
                 const int4 range = p.columns[r];
 #pragma unroll 1
                 for (int top = range.y - 1; top >= range.x; top -= 32) {
                     // Each lane watches one tile: that its place is free, and its turn come.
-                    const int place = at.batch * p.query_tiles + top - lane;
+                    const int place = at.strip * p.query_tiles + top - lane;
                     bool clear = top - lane < range.x;
                     int2 count = make_int2(0, 0);
                     if (ORDERED && !clear) count = parts(p.row_ptr, p.rows, top - lane, at.tile);
@@ -555,10 +559,12 @@ __device__ void convert(const Params& p, Shared& sh, int thread) {
         barrier_wait(shared_address(&sh.done_full[slot]), done / PENDING & 1);
         const int message = sh.done[slot];
         if (message < 0) break;
-        const int heads = p.kv_heads * p.group, head = message % heads;
-        const int place = message / heads, batch = place / p.query_tiles;
-        const int first_row = (place - batch * p.query_tiles) * BM;
-        float* from = p.ring + ((long long)(place % p.places) * heads + head) * (BM * D);
+        const int heads = p.side * p.group, place = message / heads;
+        const int strip = place / p.query_tiles, strips = p.kv_heads / p.side;
+        const int first_row = (place - strip * p.query_tiles) * BM;
+        const int batch = strip / strips, head = strip % strips * heads + message % heads;
+        float* from =
+            p.ring + ((long long)(place % p.places) * heads + message % heads) * (BM * D);
         unsigned short* to =
             (unsigned short*)p.dq + batch * p.dq_strides.batch + head * p.dq_strides.head;
 #pragma unroll 1
@@ -722,7 +728,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_backward_prepare(
             p.bounds[(long long)range * p.query_tiles * BM + row] = bounds;
         }
     if (threadIdx.x == 0)
-        p.state[((long long)batch * p.query_tiles + tile) * p.heads + head] =
+        p.state[((batch * (p.heads / p.strip_heads) + head / p.strip_heads) * p.query_tiles + tile) *
+                    p.strip_heads +
+                head % p.strip_heads] =
             empty ? DONE : -parts(p.row_ptr, p.rows, tile, 0).y;
     if (threadIdx.x == 0 && tile == 0 && head == 0 && batch == 0) *p.next = 0;
 }

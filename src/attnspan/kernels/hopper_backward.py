@@ -115,7 +115,9 @@ def backward(
     kernels = _kernels(options(width, q.dtype, ranges, ordered))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     items = batch * key_tiles * kv_heads
-    places = _places(lists, rows, batch, kv_heads, processors)
+    side = _side(width, kv_heads)
+    strips, strip_heads = batch * kv_heads // side, side * heads // kv_heads
+    places = _places(lists, rows, strips, side, processors)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -123,7 +125,7 @@ def backward(
     stats = empty(batch, heads, query_tiles, 2 * rows, dtype=torch.float32)
     bounds = empty(ranges, query_tiles * rows, 2)
     state, following = empty(batch, query_tiles, heads), empty(1)
-    ring = empty(places, heads, rows * width, dtype=torch.float32)
+    ring = empty(places, strip_heads, rows * width, dtype=torch.float32)
     if not ordered:
         ring.zero_()
     low, high = lists.low.contiguous(), lists.high.contiguous()
@@ -150,7 +152,7 @@ def backward(
         batch=batch,
         heads=heads,
         n=n,
-        kv_heads=kv_heads,
+        strip_heads=strip_heads,
         query_tiles=query_tiles,
     )
     kernels.launch(
@@ -180,6 +182,7 @@ def backward(
         query_tiles=query_tiles,
         key_tiles=key_tiles,
         places=places,
+        side=side,
         scale=scale,
     )
     maps = (nvrtc.tensor_map(x, (64, rows, 1, 1)) for x in (q, grad_out))
@@ -219,6 +222,7 @@ class _Params(ctypes.Structure):
         *_pointers("ring", "dq", "dk", "dv"),
         *((name, _Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
         *_integers("batch", "n", "m", "kv_heads", "group", "query_tiles", "key_tiles", "places"),
+        *_integers("side"),
         ("scale", ctypes.c_float),
     )
 
@@ -230,7 +234,7 @@ class _Prepare(ctypes.Structure):
         *_pointers("out", "grad_out", "lse", "grad_lse", "low", "high", "stats", "bounds"),
         *_pointers("row_ptr", "rows", "state", "next", "dq"),
         *((f"{name}_strides", _Strides) for name in ("out", "grad", "lse", "grad_lse", "dq")),
-        *_integers("batch", "heads", "n", "kv_heads", "query_tiles"),
+        *_integers("batch", "heads", "n", "strip_heads", "query_tiles"),
     )
 
 
@@ -239,11 +243,21 @@ def _kernels(given: tuple[str, ...]) -> nvrtc.Kernels:
     return nvrtc.Kernels(SOURCE, given)
 
 
-def _places(lists: Lists, rows: int, batch: int, kv_heads: int, processors: int) -> int:
-    """Tiles of the ring of dQ, of all query heads each."""
+def _side(head_dim: int, kv_heads: int) -> int:
+    """KV heads whose key tiles are worked on side by side.
+
+    With one, all that is in flight reads and adds to few heads' rows, which the L2 cache holds. But
+    then a query tile's parts come from key tiles that start at once, and with 64 channels, where a
+    query tile is as long as a key tile, each would wait for the one before it.
+    """
+    return 1 if head_dim == 128 else kv_heads
+
+
+def _places(lists: Lists, rows: int, strips: int, side: int, processors: int) -> int:
+    """Tiles of the ring of dQ, of the query heads of a strip each."""
     # As many key tiles again as are in flight: who is ahead need not wait for who is behind.
-    slack = (2 * -(-processors // kv_heads) + 4) * (TILE_K // rows)
-    return min(batch * -(-lists.n // rows), _reach(lists, rows) + slack)
+    slack = (2 * -(-processors // side) + 4) * (TILE_K // rows)
+    return min(strips * -(-lists.n // rows), _reach(lists, rows) + slack)
 
 
 _reaches: WeakKeyDictionary[Lists, dict[int, int]] = WeakKeyDictionary()
