@@ -1,11 +1,11 @@
-"""Our GPU kernels through the front door: every pattern and its gradients against the oracle."""
+"""The front door on a GPU: every pattern and gradient against the oracle, and what is chosen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attnspan import attention, gpu
+from attnspan import attention, dispatch, explain, received
 from attnspan.kernels.reference import reference
 from attnspan.patterns import (
     Blockwise,
@@ -80,5 +80,91 @@ def test_received_is_the_sum_of_the_weights(pattern) -> None:
     eye = torch.eye(400, device="cuda", dtype=q.dtype).expand(2, 2, 400, 400)
     weights, lse = reference(q, k, eye, mask, cast=False)
     expected = weights.sum(2).unflatten(1, (2, 2)).sum(2).float()
-    got = gpu.received(q, k, lse.float(), str(pattern), 100, 64**-0.5, None)
-    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+    for given in (None, lse.float()):
+        got = received(q, k, pattern, lse=given)
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_few_queries_are_decoded(pattern, n) -> None:
+    pattern = Documents((n + 40,) * 9) if isinstance(pattern, Documents) else pattern
+    shape = {"batch": 2, "heads": (8, 2), "head_dim": 128, "dtype": torch.bfloat16}
+    q, k, v = make_qkv(n, 300, **shape, device="cuda")
+    sink = torch.linspace(-1, 2, 8, device="cuda")
+    options = {"sink_logits": sink, "scale": 0.1, "softcap": 20.0}
+    out, lse = attention(q, k, v, pattern, impl="decode", return_lse=True, **options)
+    mask = pattern.sees(
+        torch.arange(n, device="cuda")[:, None] + 300 - n, torch.arange(300, device="cuda")
+    )
+    low = reference(q, k, v, mask, compute=torch.bfloat16, cast=False, **options)
+    exact = reference(q, k, v, mask, cast=False, **options)
+    sizes = magnitudes(q, k, v, mask, **options)
+    for got, rough, right, size in zip((out, lse), low, exact, sizes, strict=False):
+        assert_accurate(got, rough, right, size, torch.bfloat16, "decode")
+    assert explain(q, k, v, pattern, **options).impl == "decode"
+
+
+@pytest.mark.parametrize("n", [1, 200])
+def test_it_compiles_whole_for_any_length(n) -> None:
+    pattern = SlidingWindow(90) | Sinks(2)
+
+    def f(q, k, v):
+        return attention(q, k, v, pattern, return_lse=True)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    for more in (0, 1, 50):
+        given = make_qkv(
+            n + more, 300 + more, heads=(4, 2), head_dim=64, dtype=torch.bfloat16, device="cuda"
+        )
+        given = [x.requires_grad_() for x in given]
+        results = [g(*given) for g in (f, compiled)]
+        grads = [
+            torch.autograd.grad(out.float().square().sum() + lse.sum(), given)
+            for out, lse in results
+        ]
+        torch.testing.assert_close(results[1], results[0], atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(grads[1], grads[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [SlidingWindow(50), GlobalTokens((3, 40, 90, 130, 170, 210)) & Causal(), ~Strided(30, 7)],
+    ids=str,
+)
+def test_auto_is_right_for_what_our_kernels_lack_too(pattern, dtype) -> None:
+    q, k, v = make_qkv(250, 250, heads=(4, 2), head_dim=64, dtype=dtype, device="cuda")
+    out = attention(q, k, v, pattern)
+    exact = reference(q, k, v, pattern)[0]
+    close = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(out, exact, atol=close, rtol=close)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v, pattern)
+    torch.testing.assert_close(compiled, exact, atol=close, rtol=close)
+    assert explain(q, k, v, pattern).impl in dispatch.IMPLS
+
+
+def test_explain_gives_the_figures() -> None:
+    q, k, v = make_qkv(4096, 4096, heads=(4, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
+    said = explain(q, k, v, SlidingWindow(1024))
+    if torch.cuda.get_device_capability() != (9, 0):
+        assert said.figures == ()
+        return
+    assert said.impl == "hopper"
+    assert dict(said.figures)["hopper"] > 0
+    assert "TFLOP/s for forward of SlidingWindow" in str(said)
+    single = explain(q[:, :, :1], k, v)
+    assert (single.impl, single.reasons) == (
+        "decode",
+        ("a few queries are read through once, whatever they see",),
+    )
+
+
+def test_auto_maps_over_the_batch() -> None:
+    q, k, v = make_qkv(
+        40, 70, batch=3, heads=(4, 2), head_dim=64, dtype=torch.bfloat16, device="cuda"
+    )
+    several = torch.stack([q, q + 1])
+    got = torch.func.vmap(lambda x: attention(x, k, v, SlidingWindow(20)))(several)
+    wants = torch.stack([attention(x, k, v, SlidingWindow(20)) for x in several])
+    torch.testing.assert_close(got, wants)

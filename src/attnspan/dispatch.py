@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnspan import gpu, ops
-from attnspan.kernels import cpu, flex, native
+from attnspan.kernels import cpu, fa4, flex, fused_cuda, gpu_received, native
 from attnspan.kernels import sdpa as fused
 from attnspan.kernels.joint import joint
 from attnspan.kernels.merge import merge, with_sink
@@ -19,16 +19,27 @@ from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import MOST, Causal
 
-IMPLS = ("auto", "reference", "native", "cpu", "hopper", "triton", "sdpa", "flex")
+IMPLS = (
+    *("auto", "reference", "native", "cpu", "hopper", "triton", "decode"),
+    *("fa4", "cudnn", "flash", "sdpa", "flex"),
+)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation runs, and why."""
+    """Which implementation runs, and why.
+
+    Attributes:
+        impl: its name.
+        reasons: half sentences.
+        figures: on a GPU, what was measured for the nearest case: (implementation, TFLOP/s),
+            fastest first, whether or not they can do this call.
+    """
 
     impl: str
     reasons: tuple[str, ...]
+    figures: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.impl}: {'; '.join(self.reasons)}"
@@ -93,8 +104,10 @@ def attention(
         return_lse: give the log-sum-exp as well.
         impl: "reference" (the definition, in float64), "native" (C++ for CPUs), "cpu" (torch's CPU
             kernels by tiles), "hopper" (ours for NVIDIA's Hopper GPUs), "triton" (ours for others),
-            "sdpa" (torch's fused kernels with a dense mask), "flex" (torch's compiled
-            FlexAttention), or "auto".
+            "decode" (ours for a few queries on Hopper), "fa4" (FlashAttention-4, an extra), "cudnn"
+            and "flash" (torch's kernels without a mask), "sdpa" (torch's fused kernels with a dense
+            mask), "flex" (torch's compiled FlexAttention), or "auto": the fastest that can do it,
+            on a GPU by what was measured there (`explain` says it).
 
     Returns:
         `out (batch, Hq, n, value_dim)`, in the dtype of `q`; with `return_lse` also
@@ -119,10 +132,18 @@ def attention(
         q, factor = (-q, -factor) if factor else (q * 0, 1.0)
     sinks = sink_logits
     wants_lse = return_lse or sinks is not None
-    match _choose(q, k, v, pattern, offset, softcap, wants_lse, impl).impl:
-        case "native" | "cpu" | "hopper" | "triton" as name:
+    if q.device.type == "cuda" and torch.compiler.is_compiling() and impl in ("auto", *gpu.IMPLS):
+        name = impl  # what runs is settled when it runs, by tensors of known lengths
+    else:
+        name = _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)[0]
+    match name:
+        case "native" | "cpu" | "hopper" | "triton" | "decode" | "auto":
             ops.check_tangents(q, k, v)
             out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
+        case "fa4":
+            out, lse = fa4.forward(q, k, v, pattern, factor)
+        case "cudnn" | "flash":
+            return fused_cuda.forward(name, q, k, v, pattern, factor)
         case "flex":
             out, lse = flex.flex(
                 q,
@@ -218,6 +239,10 @@ def received(
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     lengths = q.shape[2], k.shape[2], offset
+    if gpu_received.lacks(q, k) is None:
+        text = _text(pattern)
+        if gpu.lacks_lists(text, *lengths, q.device) is None:
+            return gpu.received(q, k, lse, text, offset, factor, softcap)
     kernel = cpu if native.lacks(q, k, k) else native
     passes = ops.passes(_text(pattern), *lengths, kernel.TILE)
     return kernel.received(q, k, lse, passes, factor, softcap)
@@ -251,7 +276,25 @@ def explain(
     _check_options(pattern, scale, softcap, q_offset, impl)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     wants_lse = return_lse or sink_logits is not None
-    return _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)
+    name, lacking = _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)
+    ranking = None
+    if q.device.type == "cuda":
+        ranking = gpu.ranking(q, _text(pattern), wants_lse, _has_gradients(q, k, v))
+    figures = ranking.figures if ranking else ()
+    reasons = [f"{other} can't: {lack}" for other, lack in lacking]
+    if impl != "auto":
+        reasons.append("it was asked for")
+    elif name == "decode":
+        reasons.append("a few queries are read through once, whatever they see")
+    elif ranking and name in dict(figures):
+        reasons.append(f"it is the fastest measured of those that can do this: {ranking}")
+    elif name != "reference":
+        reasons.append("it is the fastest of those that can do this")
+    return Explanation(name, tuple(reasons), figures)
+
+
+def _has_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _choose(
@@ -263,25 +306,41 @@ def _choose(
     softcap: float | None,
     wants_lse: bool,
     impl: str,
-) -> Explanation:
+) -> tuple[str, list[tuple[str, str]]]:
+    """The implementation that runs, and what faster ones lack."""
     if impl == "reference":
-        return Explanation(impl, ("it was asked for",))
+        return impl, []
     if impl != "auto":
         lack = _lacks(impl, q, k, v, pattern, offset, softcap, wants_lse)
         if lack is not None:
             raise ValueError(f"attention: impl {impl!r} can't do this: {lack}; 'reference' can")
-        return Explanation(impl, ("it was asked for",))
-    reasons = []
-    order = ("native", "cpu") if q.device.type == "cpu" else ("sdpa",)
-    if q.dtype == torch.bfloat16 and q.shape[2] > _FEW_QUERIES and native.has_matrix_units():
+        return impl, []
+    if q.device.type == "cuda":
+        order = _gpu_order(q, k, v, pattern, wants_lse)
+    elif q.dtype == torch.bfloat16 and q.shape[2] > _FEW_QUERIES and native.has_matrix_units():
         # Torch's products use them, the C++ kernels don't: 1.3 times as fast there.
         order = ("cpu", "native")
+    else:
+        order = ("native", "cpu") if q.device.type == "cpu" else ("sdpa",)
+    lacking = []
     for name in order:
         lack = _lacks(name, q, k, v, pattern, offset, softcap, wants_lse)
         if lack is None:
-            return Explanation(name, (*reasons, "it is the fastest of those that can do this"))
-        reasons.append(f"{name} can't: {lack}")
-    return Explanation("reference", tuple(reasons))
+            return name, lacking
+        lacking.append((name, lack))
+    return "reference", lacking
+
+
+def _gpu_order(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, wants_lse: bool
+) -> tuple[str, ...]:
+    """Implementations for GPUs, the fastest first: as measured, where that was done."""
+    ranking = gpu.ranking(q, _text(pattern), wants_lse, _has_gradients(q, k, v))
+    measured = tuple(impl for impl, _ in ranking.figures) if ranking else ()
+    # A dense mask is slow, but needs no compiling.
+    masked = ("sdpa", "flex") if q.shape[2] * k.shape[2] <= _MOST_MASK else ("flex", "sdpa")
+    order = ("decode", *measured, "hopper", "triton", *masked)
+    return tuple(dict.fromkeys(order))
 
 
 def _lacks(
@@ -295,7 +354,7 @@ def _lacks(
     wants_lse: bool,
 ) -> str | None:
     match impl:
-        case "hopper" | "triton":
+        case "hopper" | "triton" | "decode":
             return gpu.lacks(impl, q, k, v, _text(pattern), offset, softcap)
         case "native":
             # Beyond, float32 rounds what is capped away, or takes the cap for none.
@@ -304,6 +363,12 @@ def _lacks(
             return native.lacks(q, k, v)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
+        case "fa4" | "cudnn" | "flash" if softcap is not None:
+            return "it is called without a logit soft cap"
+        case "fa4":
+            return fa4.lacks(q, k, v, pattern, offset)
+        case "cudnn" | "flash":
+            return fused_cuda.lacks(impl, q, k, v, pattern, offset, wants_lse)
         case "flex":
             return flex.lacks(q, k, v, wants_lse)
         case _:
@@ -378,6 +443,8 @@ def _is_finite(x: Any) -> bool:
 FEW = 4096
 # Up to so many queries of a KV head, the C++ kernel for decoding beats those for prefill.
 _FEW_QUERIES = 64
+# Pairs of a query and a key up to which a dense mask may be made on a GPU: 512 MB in bfloat16.
+_MOST_MASK = 2**28
 
 
 def reads_stored(query: Tensor, kv_heads: int) -> bool:

@@ -2,7 +2,8 @@
 
 A kernel computes one dense problem under the mask of its `Lists`. A pattern without strides is one
 problem. A stride adds a pass of problems on every s-th row and key, whose classes are the batch of
-a strided view; what passes give is joined by their log-sum-exps.
+a strided view; what passes give is joined by their log-sum-exps. A few queries are the decode
+kernel's, which reads the ranges of keys that they see.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attnspan.kernels import gpu_received, hopper, hopper_backward, triton_attention
-from attnspan.kernels.gpu_lists import Lists, Unlisted
+from attnspan import rates
+from attnspan.kernels import gpu_decode, gpu_received, hopper, hopper_backward, triton_attention
+from attnspan.kernels.gpu_lists import MOST_RANGES, Lists, Unlisted
 from attnspan.kernels.merge import merge
+from attnspan.kernels.view import KVView, Part
 from attnspan.patterns.text import parse
 from attnspan.patterns.tiles import plan
 
-IMPLS = ("hopper", "triton")
+IMPLS = ("decode", "hopper", "triton")
 _FORWARD: dict[str, ModuleType] = {"hopper": hopper, "triton": triton_attention}
 _BACKWARD: dict[str, ModuleType] = {"hopper": hopper_backward, "triton": triton_attention}
 
@@ -65,13 +69,52 @@ def lacks(
     softcap: float | None,
 ) -> str | None:
     """What `impl` lacks for these inputs, as the end of a sentence; None: nothing."""
-    lack = _FORWARD[impl].lacks(q, k, v)
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if impl == "decode":
+        lack = gpu_decode.lacks(q, k, v) or ("it has no backward" if grads else None)
+        return lack or _lacks_ranges(pattern, q.shape[2], k.shape[2], q_offset)
+    lack = _FORWARD[impl].lacks(q, k, v)
     if lack is None and grads:
         lack = _BACKWARD[impl].lacks(q, k, v)
     if lack is None and softcap is not None and impl == "hopper":
         lack = "it has no logit soft cap"
     return lack or lacks_lists(pattern, q.shape[2], k.shape[2], q_offset, q.device)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    softcap: float | None,
+    backward: bool = False,
+) -> str | None:
+    """The one of `IMPLS` to run where the caller could not see the tensors; None: none can.
+
+    `backward` asks for one with gradients, whoever computed the attention itself.
+    """
+    for impl in IMPLS:
+        if backward and (impl not in _BACKWARD or _BACKWARD[impl].lacks(q, k, v)):
+            continue
+        if lacks(impl, q, k, v, pattern, q_offset, softcap) is None:
+            return impl
+    return None
+
+
+def ranking(q: Tensor, pattern: str, with_lse: bool, with_backward: bool) -> rates.Ranking | None:
+    """What was measured on this GPU, or on one of its kind, for such a call."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return rates.ranking(
+        torch.cuda.get_device_name(q.device),
+        torch.cuda.get_device_capability(q.device),
+        pattern,
+        q.shape[3],
+        q.shape[2],
+        with_lse,
+        with_backward,
+    )
 
 
 def lacks_lists(pattern: str, n: int, m: int, q_offset: int, device: torch.device) -> str | None:
@@ -94,6 +137,8 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp; arguments as in `attnspan.ops.attention`."""
+    if impl == "decode":
+        return _decode(q, k, v, pattern, q_offset, scale, softcap)
     options = {} if softcap is None else {"softcap": softcap}
     outs, lses = [], []
     for problems in _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device):
@@ -116,6 +161,77 @@ def forward(
     out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
     out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.contiguous()
     return out, lse.contiguous()
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    parts = tuple(
+        Part(q, k[:, :, start:stop], v[:, :, start:stop], mask)
+        for start, stop, mask in _ranges(
+            pattern, q.shape[2], k.shape[2], q_offset, q.dtype, q.device
+        )
+    )
+    if not parts or not q.numel():
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(q), lse
+    out, lse, _ = gpu_decode.decode(KVView(parts), scale, softcap)
+    return laid_out(out, q), lse
+
+
+@lru_cache(maxsize=64)
+def _bounds(pattern: str, n: int, m: int, q_offset: int) -> tuple[tuple[int, int, bool], ...]:
+    """Disjoint ranges of the keys that `n` queries see, and whether each sees a range whole."""
+    places = np.arange(n, dtype=np.int64) + q_offset
+    some, every = parse(pattern).spans(places, places, m)
+    pieces = sorted(
+        (int(start), int(stop))
+        for starts, stops in zip(some.starts, some.stops, strict=True)
+        for start, stop in zip(starts, stops, strict=True)
+        if stop > start
+    )
+    joined: list[list[int]] = []
+    for start, stop in pieces:
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(stop, joined[-1][1])
+        else:
+            joined.append([start, stop])
+    found = []
+    for start, stop in joined:
+        # All queries see a range whole where it lies in one run of each.
+        whole = ((every.starts <= start) & (every.stops >= stop)).any(0).all()
+        found.append((start, stop, bool(whole)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=2)  # the layers of a step ask alike, and masks of long caches are large
+def _ranges(
+    pattern: str, n: int, m: int, q_offset: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int, Tensor | None], ...]:
+    """`_bounds` with the additive mask of those that not every query sees whole."""
+    found = []
+    for start, stop, whole in _bounds(pattern, n, m, q_offset):
+        mask = None
+        if not whole:
+            i = torch.arange(q_offset, q_offset + n, device=device)[:, None]
+            seen = parse(pattern).sees(i, torch.arange(start, stop, device=device))
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+            mask.masked_fill_(~seen, -torch.inf)
+        found.append((start, stop, mask))
+    return tuple(found)
+
+
+def _lacks_ranges(pattern: str, n: int, m: int, q_offset: int) -> str | None:
+    count = len(_bounds(pattern, n, m, q_offset))
+    if count > MOST_RANGES:
+        return f"its queries see up to {MOST_RANGES} ranges of keys, not {count}"
+    return None
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -141,7 +257,9 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from the whole attention's `out` and `lse`."""
-    options = {} if softcap is None else {"softcap": softcap}
+    options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    if impl == "hopper":
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     passes = _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device)
     kernel = _BACKWARD[impl]
     if len(passes) == 1 and len(passes[0]) == 1 and passes[0][0].whole:

@@ -14,8 +14,12 @@ from torch.autograd import forward_ad
 
 from attnspan import gpu
 from attnspan.kernels import cpu, native
+from attnspan.kernels.reference import reference
 from attnspan.patterns.text import parse
 from attnspan.patterns.tiles import Pass, plan
+
+# Implementations whose results lie in memory as their inputs do.
+_LAID_OUT = ("auto", *gpu.IMPLS)
 
 
 @lru_cache(maxsize=16)
@@ -35,8 +39,20 @@ def attention(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, Hq, n, value_dim)` and its log-sum-exp; arguments as in `attnspan.attention`."""
+    """`out (batch, Hq, n, value_dim)` and its log-sum-exp; arguments as in `attnspan.attention`.
+
+    With `impl` "auto", which tensors on GPUs may have, it chooses when it runs: one graph that
+    `torch.compile` made serves any length.
+    """
+    if impl == "auto":
+        impl = gpu.choose(q, k, v, pattern, q_offset, softcap) or "reference"
+    if impl == "reference":
+        given = {"q_offset": q_offset, "scale": scale, "softcap": softcap}
+        out, lse = reference(q, k, v, parse(pattern), **given)
+        return gpu.laid_out(out, q) if v.shape[3] == q.shape[3] else out, lse
     if impl in gpu.IMPLS:
+        if lack := gpu.lacks(impl, q, k, v, pattern, q_offset, softcap):
+            raise ValueError(f"attention: impl {impl!r} can't do this: {lack}")
         return gpu.forward(impl, q, k, v, pattern, q_offset, scale, softcap)
     lengths = q.shape[2], k.shape[2], q_offset
     if impl == "native":
@@ -47,7 +63,7 @@ def attention(
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    if options[-1] in gpu.IMPLS and v.shape[3] == q.shape[3]:
+    if options[-1] in _LAID_OUT and v.shape[3] == q.shape[3]:
         out = torch.empty_like(q)
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -70,24 +86,68 @@ def attention_backward(
     """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
     lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
-    if impl in gpu.IMPLS:
-        grads = gpu.backward(impl, *given, pattern, q_offset, scale, softcap)
+    if impl == "auto":
+        chosen = gpu.choose(q, k, v, pattern, q_offset, softcap, backward=True) or "reference"
+    else:
+        chosen = impl
+    if chosen == "reference":
+        grads = _reference_backward(*given, pattern, q_offset, scale, softcap)
+    elif chosen in gpu.IMPLS:
+        grads = gpu.backward(chosen, *given, pattern, q_offset, scale, softcap)
     elif impl == "native":
         grads = native.backward(*given, passes(pattern, *lengths, native.TILE), scale, softcap)
     else:
         grads = cpu.backward(*given, passes(pattern, *lengths, cpu.TILE), scale)
-    if impl in gpu.IMPLS:
+    if impl in _LAID_OUT:
         laid = [gpu.laid_out(x, like) for x, like in zip(grads, (q, k, v), strict=True)]
         return laid[0], laid[1], laid[2]
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
 
 
+def _reference_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # By hand: within an operator there is no autograd.
+    place = torch.arange(q.shape[2], device=q.device)[:, None] + q_offset
+    mask = parse(pattern).sees(place, torch.arange(k.shape[2], device=q.device))
+    wide_q, wide_k, wide_v, wide_grad, wide_out = (x.double() for x in (q, k, v, grad_out, out))
+    wide_q, wide_grad, wide_out, some_lse = (
+        x.unflatten(1, (k.shape[1], -1))
+        for x in (wide_q, wide_grad, wide_out, lse.double()[..., None])
+    )
+    scores = torch.einsum("bhgnd,bhmd->bhgnm", wide_q, wide_k) * scale
+    slope = 1.0
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent**2
+    weights = torch.exp(scores - some_lse).masked_fill(~mask, 0)
+    pull = (wide_grad * wide_out).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        pull = pull - grad_lse.double()[..., None].unflatten(1, (k.shape[1], -1))
+    moved = weights * (torch.einsum("bhgnd,bhmd->bhgnm", wide_grad, wide_v) - pull) * slope * scale
+    return (
+        torch.einsum("bhgnm,bhmd->bhgnd", moved, wide_k).flatten(1, 2),
+        torch.einsum("bhgnm,bhgnd->bhmd", moved, wide_q),
+        torch.einsum("bhgnm,bhgnd->bhmd", weights, wide_grad),
+    )
+
+
 @attention_backward.register_fake
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if rest[-1] in gpu.IMPLS:
+    if rest[-1] in _LAID_OUT:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -1,0 +1,63 @@
+"""Others' kernels behind the front door, beside the oracle; memory isn't poisoned here.
+
+Poison needs torch's deterministic mode, in which torch has no cuDNN backward.
+"""
+
+import pytest
+import torch
+
+from attnspan import attention
+from attnspan.kernels import fa4, fused_cuda
+from attnspan.kernels.reference import reference
+from attnspan.patterns import Causal, Full, Sinks, SlidingWindow
+from attnspan.testing import assert_accurate, magnitudes, make_qkv
+
+
+# FlashAttention-4's compiler warns of its own arguments.
+@pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument:UserWarning")
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["fa4", "cudnn", "flash"])
+@pytest.mark.parametrize("pattern", [Causal(), Full(), SlidingWindow(100)], ids=str)
+def test_peers_are_the_oracle_or_say_what_they_lack(pattern, impl) -> None:
+    shape = {"batch": 2, "heads": (4, 2), "head_dim": 64, "dtype": torch.bfloat16}
+    leaves = make_qkv(300, 300, **shape, device="cuda", requires_grad=True)
+    weight = make_qkv(300, 300, **shape, device="cuda", seed=5)[0]
+    if isinstance(pattern, SlidingWindow) and impl != "fa4":
+        with pytest.raises(ValueError, match="torch gives it full attention"):
+            attention(*leaves, pattern, impl=impl)
+        return
+    if impl == "fa4":
+        pytest.importorskip("flash_attn.cute")
+    out = attention(*leaves, pattern, impl=impl)
+    got = (out, *torch.autograd.grad((out * weight).double().sum(), leaves))
+    place = torch.arange(300, device="cuda")
+    mask = pattern.sees(place[:, None], place)
+    wants = []
+    for compute in (torch.bfloat16, torch.float64):
+        right, _ = reference(*leaves, mask, compute=compute, cast=False)
+        wants.append((right, *torch.autograd.grad((right * weight).double().sum(), leaves)))
+    sizes = magnitudes(*leaves, mask, grad_out=weight)
+    for x, low, exact, size in zip(got, *wants, (sizes[0], *sizes[2:5]), strict=True):
+        assert_accurate(x, low, exact, size, torch.bfloat16, impl)
+
+
+def test_they_say_what_they_lack() -> None:
+    q, k, v = make_qkv(4, 4)
+    assert fa4.lacks(q, k, v, Causal(), 0) == "it runs on an NVIDIA GPU"
+    assert fused_cuda.lacks("cudnn", q, k, v, Causal(), 0, False) == "it runs on a GPU"
+    with pytest.raises(ValueError, match="impl 'fa4' can't do this: it runs on an NVIDIA GPU"):
+        attention(q, k, v, Causal(), impl="fa4")
+    with pytest.raises(ValueError, match="impl 'flash' can't do this: it is called without"):
+        attention(q, k, v, Causal(), softcap=3.0, impl="flash")
+
+
+@pytest.mark.gpu
+def test_what_they_lack_on_a_gpu() -> None:
+    q, k, v = make_qkv(40, 50, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    assert "full attention" in (fused_cuda.lacks("cudnn", q, k, v, Causal(), 10, False) or "")
+    assert "log-sum-exp" in (fused_cuda.lacks("flash", q, k, v, Full(), 0, True) or "")
+    lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10)
+    assert lack is not None
+    if "installed" not in lack:
+        assert lack == "it has no SlidingWindow(4) | Sinks(1)"
+        assert fa4.lacks(q, k, v, Causal(), 3) == "its queries are the last ones of the keys"
