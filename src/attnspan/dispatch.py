@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -125,7 +125,7 @@ def attention(
     tensor([0.3333, 0.3333, 0.3333, 0.0000])
     """
     _check_tensors(q, k, v, sink_logits)
-    _check_options(pattern, scale, softcap, q_offset, impl)
+    _check_options(pattern, scale, softcap, q_offset, impl, return_lse)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if factor <= 0:  # which torch's kernels mask wrongly
@@ -273,7 +273,7 @@ def explain(
     reference: native can't: it has no float64; cpu can't: it has no logit soft cap
     """
     _check_tensors(q, k, v, sink_logits)
-    _check_options(pattern, scale, softcap, q_offset, impl)
+    _check_options(pattern, scale, softcap, q_offset, impl, return_lse)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     wants_lse = return_lse or sink_logits is not None
     name, lacking = _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)
@@ -379,6 +379,8 @@ def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"attention: {name} is a {type(x).__name__}; a tensor is allowed")
+        if x.layout != torch.strided:
+            raise ValueError(f"attention: {name} is {x.layout}; a dense tensor is allowed")
         if x.dim() != 4 or not x.shape[3]:
             raise ValueError(
                 f"attention: {name} has the shape {tuple(x.shape)}; (batch, heads, sequence, "
@@ -413,7 +415,9 @@ def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:
         )
 
 
-def _check_options(pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: Any) -> None:
+def _check_options(
+    pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: Any, return_lse: Any = False
+) -> None:
     if not isinstance(pattern, Pattern):
         raise TypeError(f"attention: pattern is {pattern!r}; a Pattern such as Causal() is allowed")
     if scale is not None and not _is_finite(scale):
@@ -430,12 +434,18 @@ def _check_options(pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: 
         raise ValueError(
             f"attention: q_offset is {q_offset}; None or a number from {-MOST} to {MOST} is allowed"
         )
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"attention: return_lse is {return_lse!r}; True or False is allowed")
     if impl not in IMPLS:
         raise ValueError(f"attention: impl is {impl!r}; one of {', '.join(IMPLS)} is allowed")
 
 
+_LARGEST = sys.float_info.max
+
+
 def _is_finite(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    # Compared, not converted: a whole number may be too large for a float.
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= _LARGEST
 
 
 # Up to so many scores in one head, a plain softmax over them beats a fused kernel for each part

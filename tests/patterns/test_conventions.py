@@ -87,6 +87,8 @@ def test_what_can_not_be_said_is_refused() -> None:
             to_flash_attention(pattern)
     with pytest.raises(ValueError, match="FlashAttention has"):
         to_flash_attention(Documents((3,)))
+    with pytest.raises(ValueError, match="window_size is 3; two whole numbers"):
+        from_flash_attention(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"window_size is \(-2, 0\)"):
         from_flash_attention((-2, 0))
     with pytest.raises(ValueError, match="left_bound is 0"):

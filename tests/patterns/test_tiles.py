@@ -233,3 +233,28 @@ def test_time_is_linear() -> None:
 
     seconds(MILLION // 10)
     assert seconds(MILLION) < 20 * seconds(MILLION // 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 2**31}, ValueError, "n is 2147483648; a whole number from 0 to 2147483647"),
+        ({"n": -1}, ValueError, "n is -1"),
+        ({"n": 4, "m": 2.0}, ValueError, "m is 2.0"),
+        ({"n": 4, "q_offset": 1.5}, ValueError, "q_offset is 1.5; None or a whole number"),
+        ({"n": 4, "q_offset": 2**60}, ValueError, "q_offset is 1152921504606846976"),
+        ({"pattern": "Causal()", "n": 4}, TypeError, r"pattern is 'Causal\(\)'; a Pattern such as"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(options, error, message) -> None:
+    options = {"pattern": Causal(), **options}
+    with pytest.raises(error, match=f"^plan: {message}"):
+        plan(**options)
+    with pytest.raises(error, match=f"^pairs: {message}"):
+        pairs(**options)
+
+
+@pytest.mark.parametrize("tile", [0, -1, 2.0, True])
+def test_bad_tiles_are_refused(tile) -> None:
+    with pytest.raises(ValueError, match=f"plan: tile is {tile}"):
+        plan(Causal(), 4, tile=tile)

@@ -42,9 +42,15 @@ def from_flash_attention(window_size: tuple[int, int] = (-1, -1), causal: bool =
     >>> from_flash_attention((4095, 0), causal=True), from_flash_attention((64, 64))
     (SlidingWindow(4096), SlidingWindow(65, right=64))
     """
+    if not (
+        isinstance(window_size, tuple | list)
+        and len(window_size) == 2
+        and all(isinstance(x, int) and not isinstance(x, bool) and x >= -1 for x in window_size)
+    ):
+        raise ValueError(
+            f"window_size is {window_size!r}; two whole numbers of at least -1 are allowed"
+        )
     left, right = window_size
-    if min(left, right) < -1:
-        raise ValueError(f"window_size is {window_size}; numbers of at least -1 are allowed")
     right = 0 if causal else right
     if left == -1 and right in (-1, 0):
         return Full() if right == -1 else Causal()

@@ -34,10 +34,13 @@ def parse(text: str) -> Pattern:
 
     Raises:
         ValueError: one sentence that says what of the text is not allowed.
+        TypeError: it is no text.
 
     >>> parse("Causal() & ~SlidingWindow(4, include_self=False)")
     Causal() & ~SlidingWindow(4, include_self=False)
     """
+    if not isinstance(text, str):
+        raise TypeError(f"pattern {text!r} is a {type(text).__name__}; a text is allowed")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

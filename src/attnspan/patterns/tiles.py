@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import lcm
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,9 @@ from attnspan.patterns.atoms import (
     Stride,
     atoms,
 )
+from attnspan.patterns.library import MOST
 
+_LENGTHS = 2**31  # tile lists hold tokens in 32 bits
 _ROWS = 1408  # at a time: what stands in between stays small
 
 
@@ -143,13 +145,19 @@ def plan(
         q_offset: None is `m - n`.
         tile: query rows of a tile.
 
+    Raises:
+        ValueError: lengths that aren't whole numbers from 0 to 2**31 - 1, a `tile` below 1, an
+            offset beyond `patterns.library.MOST`.
+        TypeError: `pattern` is none.
+
     >>> from attnspan.patterns import SlidingWindow
     >>> (only,) = plan(SlidingWindow(200), 512, tile=64)
     >>> list(only.jobs[0].tiles.ranges(5))
     [('partial', 1, 3), ('full', 3, 5), ('partial', 5, 6)]
     """
-    m = n if m is None else m
-    offset = m - n if q_offset is None else q_offset
+    m, offset = _checked("plan", pattern, n, m, q_offset)
+    if isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile < _LENGTHS:
+        raise ValueError(f"plan: tile is {tile!r}; a whole number of at least 1 is allowed")
     rule = _near(pattern.rule(), n, m, offset)
     strides = _strides(rule)
     if not strides:
@@ -183,14 +191,32 @@ def pairs(pattern: Pattern, n: int, m: int | None = None, q_offset: int | None =
     >>> pairs(Strided(2, 3), 4)
     8
     """
-    m = n if m is None else m
-    offset = m - n if q_offset is None else q_offset
+    m, offset = _checked("pairs", pattern, n, m, q_offset)
     rule = _near(pattern.rule(), n, m, offset)
     total = 0
     for start in range(0, n, _ROWS):
         places = np.arange(start, min(start + _ROWS, n), dtype=np.int64) + offset
         total += _count(rule, places, m, 1)
     return total
+
+
+def _checked(name: str, pattern: Any, n: Any, m: Any, q_offset: Any) -> tuple[int, int]:
+    """`m` and `q_offset`, defaults filled in."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"{name}: pattern is {pattern!r}; a Pattern such as Causal() is allowed")
+    for word, length in (("n", n), ("m", n if m is None else m)):
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < _LENGTHS:
+            raise ValueError(
+                f"{name}: {word} is {length!r}; a whole number from 0 to {_LENGTHS - 1} is allowed"
+            )
+    m = n if m is None else m
+    offset = m - n if q_offset is None else q_offset
+    if isinstance(offset, bool) or not isinstance(offset, int) or abs(offset) > MOST:
+        raise ValueError(
+            f"{name}: q_offset is {q_offset!r}; None or a whole number from {-MOST} to {MOST} is "
+            "allowed"
+        )
+    return m, offset
 
 
 def _count(rule: Pattern, places: NDArray[np.int64], m: int, step: int) -> int:
