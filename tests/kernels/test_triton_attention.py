@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton isn't installed")
 
 from gpu_problems import PATTERNS, lists_of, make, mask_of
-from triton_compile import compiled, interpret, recorded
+from triton_compile import compiled, interpret, recorded, specialised
 
 from attnspan.kernels import triton_attention
 from attnspan.kernels.reference import reference
@@ -188,3 +188,9 @@ def test_it_compiles_without_a_gpu(capability, head_dim, dtype, kernels, tmp_pat
         made = compiled(found[name], capability, tmp_path)
         assert f".target sm_{capability}" in made.asm["ptx"]
         assert made.metadata.shared <= 163 * 1024, "more than an A100's multiprocessor has"
+
+
+def test_other_lengths_and_windows_are_the_same_to_the_compiler() -> None:
+    runs = [launches(n, window, torch.float16, 64) for n, window in ((512, 100), (777, 1))]
+    for a, b in zip(*runs, strict=True):
+        assert specialised(a) == specialised(b)
