@@ -1,4 +1,4 @@
-"""Reads a kernel's machine code, for one kind of miscompilation that no result shows for sure.
+"""Reads a kernel's machine code: what it takes of a processor, and a fault that no result shows.
 
 A ptxas that hoists the setting of a uniform register into one loop's preheader leaves it unset on
 paths around the loop: products then read shared memory from anywhere, and only some tiles go wrong.
@@ -7,7 +7,8 @@ paths around the loop: products then read shared memory from anywhere, and only 
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 _TARGET = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
@@ -22,14 +23,24 @@ _WRITE_NONE = {
 
 def disassembled(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
     """(address, instruction) of a kernel, by the disassembler that Triton brings."""
-    import triton
+    found = (_LINE.match(line) for line in _read("-sass", cubin, folder).splitlines())
+    return [(int(m[1], 16), m[2].strip()) for m in found if m]
 
+
+def resources(cubin: bytes, folder: Path) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack) of each kernel in a cubin. What spills takes stack."""
+    told = _read("-res-usage", cubin, folder)
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}
+
+
+def _read(how: str, cubin: bytes, folder: Path) -> str:
+    triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, isn't installed")
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    tool: Any = triton.knobs.nvidia.cuobjdump
-    text = subprocess.run([tool.path, "-sass", path], capture_output=True, text=True, check=True)
-    found = (_LINE.match(line) for line in text.stdout.splitlines())
-    return [(int(m[1], 16), m[2].strip()) for m in found if m]
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, how, path], capture_output=True, text=True, check=True).stdout
 
 
 def unset_uniform_registers(code: list[tuple[int, str]]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gpu_problems import make
 from torch import Tensor
 
 from attnspan.cache.storage import Dense, Int4, Int8
@@ -274,103 +273,83 @@ def test_runs_fill_the_processors_and_no_wave_is_left_half_empty(pairs, keys, ru
     assert gpu_decode._runs(pairs, keys, 132) == runs
 
 
-def compiled(kernel, pointers: dict[str, str], constants: dict[str, object], **options):
-    """A kernel's machine code for sm_90a, and the tool that reads it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+def launches(storage, m: int, heads, head_dim: int, turned: bool, options: str) -> dict[str, Any]:
+    """What decode starts over a cache, by the kernel's name; `options` are some of the words below.
 
-    signature, fixed, known = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], fixed[(i,)] = "constexpr", constants[name]
-            continue
-        signature[name] = pointers.get(name, "i32")
-        if name in pointers or re.fullmatch("(q|key|value)_(batch|head|row)|angle_row", name):
-            known[(i,)] = [["tt.divisibility", 16]]
-    for name in ("factor", "softcap"):
-        if signature.get(name) == "i32":
-            signature[name] = "fp32"
-    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    made = triton.compile(
-        source(kernel, signature, fixed, known), target=GPUTarget("cuda", 90, 32), options=options
-    )
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton comes without cuobjdump")
-    return made.asm["cubin"], tool
+    counters: one launch does. masked: a mask, a soft cap and sink logits. rows: of different
+    lengths. received: scores are kept.
+    """
+    from triton_compile import recorded
 
+    from attnspan.kernels import gpu_decode_stored, gpu_decode_turned
 
-def uses(tmp_path, *args, **options) -> tuple[int, int]:
-    """Registers and bytes of stack."""
-    cubin, tool = compiled(*args, **options)
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(cubin)
-    said = subprocess.run(
-        [tool, "-res-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2])
-
-
-POINTERS = {
-    "q": "*bf16", "out": "*bf16", "mask": "*fp32", "lengths": "*i32", "starts": "*i32",
-    "sink": "*fp32", "part": "*fp32", "stats": "*fp32", "lse": "*fp32", "scores": "*fp32",
-    "counters": "*i32", "key_scale": "*fp16", "value_scale": "*fp16", "value_least": "*fp16",
-    "mean": "*fp32", "cos": "*fp32", "sin": "*fp32", "received": "*fp32",
-}  # fmt: skip
-NONE = dict.fromkeys(("mask", "lengths", "starts", "sink", "scores", "softcap", "counters"))
+    q, k, v = make(m, 2000, heads, head_dim, batch=2, device="cpu")
+    fields = storage.encode(k, v, k.float().mean(2, keepdim=True))
+    given: dict[str, Any] = {"return_received": "received" in options}
+    if "counters" in options:
+        given["counters"] = torch.zeros(2 * heads[1], dtype=torch.int32)
+    mask = None
+    if "masked" in options:
+        mask = torch.zeros(m, 2000)
+        given |= {"softcap": 5.0, "sink_logits": torch.zeros(heads[0])}
+    with (
+        recorded(gpu_decode_stored, "attend_dense", "attend_int8") as plain,
+        recorded(gpu_decode_turned, "attend_turned", "finish") as others,
+    ):
+        if "rows" in options:
+            lengths = torch.zeros(2, dtype=torch.int32)
+            scales = {name: x for name, x in fields.items() if name.endswith("scale")}
+            gpu_decode.decode_rows(
+                q, fields["key"], fields["value"], lengths, lengths, scale=0.1, **scales, **given
+            )
+        else:
+            angles = None
+            if turned:
+                rope = Rope(head_dim, 1e4)
+                angles = Angles(*rope.cos_sin(torch.arange(2000)), rope.interleaved)
+            group = storage.group if storage.kind == "int4" else 0
+            mean = k.float().mean(2, keepdim=True) if storage.kind == "int4" else None
+            part = RawPart(q, Stored(storage.kind, fields, mean, group, angles), mask)
+            gpu_decode.decode(KVView((part,)), 0.1, **given)
+    return {launch[0].__name__: launch for launch in (*plain, *others)}
 
 
-@pytest.mark.parametrize(("rows", "width"), [(8, 128), (16, 128), (32, 128), (64, 128), (8, 64)])
-@pytest.mark.parametrize("name", ["attend_dense", "attend_int8"])
-@pytest.mark.parametrize("full", [False, True], ids=["bare", "all options"])
-def test_kernels_for_plain_keys_compile_without_spilling(name, rows, width, full, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("m", "heads", "head_dim", "options"),
+    [
+        (1, (8, 2), 128, "counters"),
+        (4, (32, 2), 128, "masked, received"),
+        (1, (8, 2), 64, "rows, counters"),
+    ],
+)
+@pytest.mark.parametrize(("storage", "name"), [(Dense(), "attend_dense"), (Int8(), "attend_int8")])
+def test_kernels_for_plain_keys_compile_without_spilling(
+    storage, name, m, heads, head_dim, options, tmp_path
+) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from attnspan.kernels import gpu_decode_stored
+    from triton_compile import uses
 
-    constants = {} if full else dict(NONE)
-    constants |= {"M": rows // 8, "G": 8, "D": width, "N": rows, "W": 4, "MOST": 32}
-    wide = 128 // width
-    if name == "attend_dense":
-        constants |= {"T": 16 * wide, "STAGES": 3 * max(1, rows // 16)}
-    else:
-        constants |= {"T": 32 * wide, "STAGES": 3 * max(1, rows // 16), "ks_row": 1, "vs_row": 1}
-    words = "*bf16" if name == "attend_dense" else "*i32"
-    pointers = {**POINTERS, "key": words, "value": words}
-    kernel = getattr(gpu_decode_stored, name)
-    registers, stack = uses(tmp_path, kernel, pointers, constants, num_warps=4)
+    found = launches(storage, m, heads, head_dim, False, options)
+    assert ("finish" in found) == ("counters" not in options)
+    registers, stack = uses(found[name], tmp_path)
     assert stack == 0, (registers, stack)
 
 
-@pytest.mark.parametrize(("kind", "type_"), [(0, "*bf16"), (1, "*i8"), (2, "*u8")])
-@pytest.mark.parametrize("turned", [0, 128])
-def test_kernels_for_turned_keys_compile_without_spilling(kind, type_, turned, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("storage", "turned"), [(Dense(), True), (Int8(), True), (Int4(), False), (Int4(), True)]
+)
+def test_kernels_for_turned_keys_compile_without_spilling(storage, turned, tmp_path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from attnspan.kernels import gpu_decode_turned
+    from triton_compile import uses
 
-    constants = {
-        **NONE, "KIND": kind, "M": 1, "G": 4, "D": 128, "PADDED": 16, "GROUP": 32,
-        "TURNED": turned, "INTERLEAVED": False, "BLOCK": 64,
-    }  # fmt: skip
-    del constants["sink"], constants["counters"]
-    if kind == 0:
-        constants |= {"key_scale": None, "value_scale": None}
-    if kind < 2:
-        constants |= {"value_least": None, "mean": None}
-    if not turned:
-        constants |= {"cos": None, "sin": None}
-    pointers = {**POINTERS, "key": type_, "value": type_}
-    kernel = gpu_decode_turned.attend_turned
-    assert uses(tmp_path, kernel, pointers, constants, num_warps=4, num_stages=3)[1] == 0
+    found = launches(storage, 1, (8, 2), 128, turned, "")
+    registers, stack = uses(found["attend_turned"], tmp_path)
+    assert stack == 0, (registers, stack)
 
 
 def test_the_last_pass_compiles_without_spilling(tmp_path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    from attnspan.kernels import gpu_decode_turned
+    from triton_compile import uses
 
-    constants = {"M": 1, "G": 4, "D": 128, "PADDED": 4, "RUNS": 32, "CHUNK": 1024}
-    kernel = gpu_decode_turned.finish
-    assert uses(tmp_path, kernel, POINTERS, constants, num_warps=4)[1] == 0
+    found = launches(Dense(), 1, (8, 2), 128, False, "rows, received")
+    assert uses(found["finish"], tmp_path)[1] == 0

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnspan.kernels import gpu_received
-from attnspan.kernels.gpu_lists import Lists
-from attnspan.patterns import (
-    Causal,
-    Documents,
-    Full,
-    Longformer,
-    Pattern,
-    Sinks,
-    SlidingWindow,
-    plan,
-)
-from attnspan.testing import assert_accurate, make_qkv
-
 pytest.importorskip("triton", reason="triton isn't installed")
 
+from gpu_problems import PATTERNS, lists_of, make, mask_of
+from sass import disassembled
+from triton_compile import compiled, interpret, recorded, uses
+
+from attnspan.kernels import gpu_received
+from attnspan.patterns import Full, Pattern, Sinks, SlidingWindow
+from attnspan.testing import assert_accurate, make_qkv
+
 pytestmark = pytest.mark.usefixtures("poison_empty")
-
-
-def lists(pattern: Pattern, n: int, m: int, offset: int, device: str) -> Lists:
-    (only,) = plan(pattern, n, m, offset)
-    return Lists(only.jobs[0].tiles, device)
 
 
 def weights(
@@ -59,10 +45,8 @@ def check(
 ) -> Tensor:
     """A float32 kernel: its error is held against the definition in float32, whatever q's dtype."""
     n, m = q.shape[2], k.shape[2]
-    tiles = lists(pattern, n, m, offset, q.device.type)
-    mask = pattern.sees(
-        torch.arange(n, device=q.device)[:, None] + offset, torch.arange(m, device=q.device)
-    )
+    tiles = lists_of(pattern, n, m, offset, q.device.type)
+    mask = mask_of(pattern, n, m, offset, q.device.type)
     exact, lse, sizes = weights(q, k, mask, scale, softcap, torch.float64)
     low, _, _ = weights(q, k, mask, scale, softcap, torch.float32)
     got = gpu_received.received(q, k, lse.flatten(1, 2).float(), tiles, scale, softcap)
@@ -71,16 +55,6 @@ def check(
     magnitude = (exact * (1 + sizes + level)).sum((2, 3)).max().item()
     assert_accurate(got, low.sum((2, 3)), exact.sum((2, 3)), magnitude, torch.float32, "received")
     return got
-
-
-PATTERNS = [
-    Causal(),
-    Full(),
-    SlidingWindow(70),
-    SlidingWindow(300) | Sinks(3),
-    Longformer(90, 5, right=20),
-    Documents((60, 101, 239)),
-]
 
 
 @pytest.mark.gpu
@@ -138,7 +112,7 @@ def test_it_repeats_to_the_bit() -> None:
 
 def test_no_keys_and_no_queries() -> None:
     q, k, _ = make_qkv(0, 3)
-    got = gpu_received.received(q, k, q.new_zeros(1, 2, 0), lists(Full(), 0, 3, 0, "cpu"), 1.0)
+    got = gpu_received.received(q, k, q.new_zeros(1, 2, 0), lists_of(Full(), 0, 3, 0, "cpu"), 1.0)
     assert got.tolist() == [[[0, 0, 0]]]
 
 
@@ -147,74 +121,48 @@ def test_what_it_lacks_is_said() -> None:
     assert gpu_received.lacks(q, k) == "it has no kernel for cpu tensors"
 
 
-# In a process of its own: Triton decides at its import whether it interprets.
-INTERPRETED = """
-import numpy as np
+def test_the_portable_kernel_is_the_definition_by_the_interpreter() -> None:
+    interpret("""
 import torch
-from triton.runtime import interpreter
-
-# Triton 3.6 turns arrays of one element into integers, which NumPy 2.4 does no more.
-patched = interpreter._patch_lang_tensor
-def patch(tensor, scope):
-    patched(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-interpreter._patch_lang_tensor = patch
-
 from attnspan.patterns import SlidingWindow, Sinks
 from attnspan.testing import make_qkv, poisoned_memory
 from kernels.test_gpu_received import check
 
-with np.errstate(all="ignore"), poisoned_memory():
+with poisoned_memory():
     for width, dtype, offset, scale, softcap in (
         (24, torch.float32, 20, 0.3, None),
         (16, torch.float16, -20, -0.3, 5.0),
     ):
-        q, k, _ = make_qkv(70, 90, heads=(4, 2), head_dim=width, dtype=dtype)
+        q, k, _ = make_qkv(45, 65, heads=(2, 1), head_dim=width, dtype=dtype)
         check(SlidingWindow(20) | Sinks(3), q, k, offset, scale, softcap)
-"""
+""")
 
 
-def test_the_portable_kernel_is_the_definition_by_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_portable_kernel_compiles_without_a_gpu(capability, tmp_path) -> None:
-    from triton_compile import compiled, recorded
-
+def test_the_portable_kernel_compiles_without_a_gpu(tmp_path) -> None:
     from attnspan.kernels import triton_code
 
-    q, k, _ = make_qkv(300, 300, heads=(4, 2), head_dim=128, dtype=torch.bfloat16)
-    tiles = lists(SlidingWindow(70) | Sinks(3), 300, 300, 0, "cpu")
+    q, k, _ = make(300, 300, (4, 2), device="cpu")
+    tiles = lists_of(SlidingWindow(70) | Sinks(3), 300, 300, 0, "cpu")
     with recorded(triton_code, "received") as launches:
         gpu_received.received(q, k, q.new_zeros(1, 4, 300, dtype=torch.float32), tiles, 0.1)
     (launch,) = launches
-    assert f".target sm_{capability}" in compiled(launch, capability, tmp_path).asm["ptx"]
+    assert uses(launch, tmp_path)[1] == 0, "it spills"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_hopper_kernel_compiles_without_a_gpu(head_dim, tmp_path) -> None:
+def test_the_hopper_kernel_compiles_without_a_gpu(tmp_path) -> None:
     """And as it is meant to be: nothing spilled, no product waited for one step at a time."""
-    from triton_compile import compiled, machine_code, recorded
-
     from attnspan.kernels import received_hopper
 
-    q, k, _ = make_qkv(300, 300, heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16)
+    q, k, _ = make(300, 300, device="cpu")
     lse, out = torch.zeros(1, 8, 300), torch.zeros(1, 2, 300)
-    tiles = lists(SlidingWindow(70), 300, 300, 0, "cpu")
+    tiles = lists_of(SlidingWindow(70), 300, 300, 0, "cpu")
     with recorded(received_hopper, "received") as launches:
         gpu_received.launch_hopper(q, k, lse, out, tiles, 0.1)
     (launch,) = launches
     made = compiled(launch, 90, tmp_path)
     assert made.metadata.shared <= 227 * 1024
-    code = machine_code(made, tmp_path)
+    code = "\n".join(text for _, text in disassembled(made.asm["cubin"], tmp_path))
     assert not re.findall(r"\b(?:STL|LDL)\b", code)
     # Two warpgroups, two products in flight in each.
-    assert len(re.findall("HGMMA", code)) == 2 * 2 * head_dim // 16
+    assert len(re.findall("HGMMA", code)) == 2 * 2 * 128 // 16
     assert len(re.findall("WARPGROUP.DEPBAR", code)) == 4

@@ -5,33 +5,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: no GPU kernel can be compiled")
 
-from sass import disassembled, unset_uniform_registers
+from gpu_problems import BF16, FP16, PROBLEMS, lists_of, make, mask_of
+from sass import disassembled, resources, unset_uniform_registers
 
 from attnspan.kernels import hopper
 from attnspan.kernels.gpu_lists import Lists
 from attnspan.kernels.reference import reference
-from attnspan.patterns import (
-    Blockwise,
-    Causal,
-    Documents,
-    Full,
-    GlobalTokens,
-    Longformer,
-    Pattern,
-    Sinks,
-    SlidingWindow,
-    Strided,
-    plan,
-)
+from attnspan.patterns import Full, Pattern, Sinks, SlidingWindow, Strided, plan
 from attnspan.testing import assert_accurate, magnitudes, make_qkv, poisoned_memory
-
-BF16, FP16 = torch.bfloat16, torch.float16
-
-
-def lists_of(pattern: Pattern, n: int, m: int, offset: int) -> Lists:
-    (only,) = plan(pattern, n, m, offset)
-    (job,) = only.jobs
-    return Lists(job.tiles, "cuda")
 
 
 def check(q, k, v, pattern: Pattern, offset: int, scale: float | None = None) -> None:
@@ -44,8 +25,7 @@ def check(q, k, v, pattern: Pattern, offset: int, scale: float | None = None) ->
         again = hopper.forward(q, k, v, lists, scale)
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
-    i, j = torch.arange(n, device="cuda")[:, None] + offset, torch.arange(m, device="cuda")
-    mask = pattern.sees(i, j).expand(n, m)
+    mask = mask_of(pattern, n, m, offset)
     exact, exact_lse = reference(q, k, v, mask, scale=scale, cast=False)
     low, low_lse = reference(q, k, v, mask, scale=scale, compute=q.dtype)
     sizes = magnitudes(q, k, v, mask, scale=scale)
@@ -53,35 +33,8 @@ def check(q, k, v, pattern: Pattern, offset: int, scale: float | None = None) ->
     assert_accurate(lse, low_lse, exact_lse, sizes[1], q.dtype, "lse")
 
 
-def make(n, m, heads=(8, 2), head_dim=128, dtype=BF16, batch=1):
-    return make_qkv(n, m, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, device="cuda")
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("pattern", "n", "m", "offset"),
-    [
-        (SlidingWindow(1024), 1500, 1500, 0),
-        (SlidingWindow(1), 300, 300, 0),
-        (SlidingWindow(129), 517, 517, 0),
-        (SlidingWindow(150), 211, 467, 256),
-        (SlidingWindow(90), 301, 200, -50),
-        (SlidingWindow(90), 301, 200, 250),
-        (SlidingWindow(70, include_self=False), 333, 333, 0),
-        (SlidingWindow(300), 1, 601, 600),
-        (SlidingWindow(200) | Sinks(4), 901, 901, 0),
-        (Longformer(200, 64), 901, 901, 0),
-        (Longformer(100, 30, right=99), 500, 500, 0),
-        (Documents((100, 7, 300, 65)), 500, 500, 0),
-        (Documents((100, 7, 300, 65), causal=False), 500, 500, 0),
-        (Blockwise(50, before=True), 400, 400, 0),
-        (GlobalTokens((3, 99, 300)) | SlidingWindow(40), 600, 600, 0),
-        (Causal(), 777, 777, 0),
-        (Full(), 130, 1000, 0),
-        (~Causal(), 200, 200, 0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pattern", "n", "m", "offset"), PROBLEMS, ids=str)
 def test_patterns(pattern, n, m, offset) -> None:
     check(*make(n, m), pattern, offset)
 
@@ -197,9 +150,10 @@ def test_what_it_lacks_is_said() -> None:
     assert hopper.lacks(*make_qkv(4, 4)) == "it runs on an NVIDIA GPU"
 
 
-@pytest.mark.parametrize("guess", [True, False], ids=["guess", "redo"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_it_compiles_without_a_gpu(head_dim, guess, tmp_path, monkeypatch) -> None:
+# Some bytes a thread are spilled: at 128, 8 to 12 accesses among a loop's thousand instructions. A
+# change that spills more shows here.
+@pytest.mark.parametrize(("head_dim", "guess", "spilled"), [(128, True, 192), (64, False, 16)])
+def test_it_compiles_without_a_gpu(head_dim, guess, spilled, tmp_path, monkeypatch) -> None:
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -207,7 +161,10 @@ def test_it_compiles_without_a_gpu(head_dim, guess, tmp_path, monkeypatch) -> No
     assert kernel.metadata.shared <= 232448, "more than a Hopper multiprocessor has"
     assert ".target sm_90a" in kernel.asm["ptx"]
     assert "wgmma.mma_async" in kernel.asm["ptx"]
-    assert unset_uniform_registers(disassembled(kernel.asm["cubin"], tmp_path)) == []
+    cubin = kernel.asm["cubin"]
+    assert unset_uniform_registers(disassembled(cubin, tmp_path)) == []
+    ((_, stack),) = resources(cubin, tmp_path).values()
+    assert stack <= spilled
 
 
 def test_a_register_set_on_one_path_alone_is_found() -> None:

@@ -125,7 +125,10 @@ def forward_step(
     return acc, highest, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["n", "m", "heads", "groups", "tiles"])
+@triton.jit(
+    do_not_specialize=["n", "m", "heads", "groups", "tiles"],
+    do_not_specialize_on_alignment=["low", "high"],
+)
 def forward(
     q, k, v, out, lse, low, high, ptr, items,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
@@ -216,7 +219,10 @@ def keys_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n", "m", "heads", "groups", "tiles"])
+@triton.jit(
+    do_not_specialize=["n", "m", "heads", "groups", "tiles"],
+    do_not_specialize_on_alignment=["low", "high"],
+)
 def backward_keys(
     grad_out, q, k, v, dk, dv, lse, delta, low, high, ptr, items,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
@@ -283,7 +289,10 @@ def queries_step(
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["n", "m", "heads", "groups", "tiles"])
+@triton.jit(
+    do_not_specialize=["n", "m", "heads", "groups", "tiles"],
+    do_not_specialize_on_alignment=["low", "high"],
+)
 def backward_queries(
     grad_out, q, k, v, dq, lse, delta, low, high, ptr, items,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dq_b, dq_h, dq_n,
@@ -341,7 +350,10 @@ def received_step(
     return acc + p
 
 
-@triton.jit(do_not_specialize=["n", "m", "heads", "groups", "tiles"])
+@triton.jit(
+    do_not_specialize=["n", "m", "heads", "groups", "tiles"],
+    do_not_specialize_on_alignment=["low", "high"],
+)
 def received(
     q, k, lse, out, low, high, ptr, items, q_b, q_h, q_n, k_b, k_h, k_n,
     n, m, heads, groups, tiles, inner, outer,
