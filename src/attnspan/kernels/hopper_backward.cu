@@ -29,7 +29,6 @@ constexpr int SUM_BYTES = BM * D * 4;        // of dQ in fp32
 constexpr int STATS_BYTES = 2 * BM * 4;
 constexpr int BOUNDS_BYTES = BM * 8;         // of one range
 constexpr int PART_BYTES = 4 * 128 * 16;      // of a tile of dQ that is converted at a time
-constexpr int PENDING = 8;                   // finished tiles that wait to be converted
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITY_F __int_as_float(0x7f800000)
 constexpr int LOADER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
@@ -47,7 +46,7 @@ struct Params {
     const int* row_ptr;
     const int4* rows;
     int* state;              // like the ring, but for all tiles: less the parts still due, or DONE
-    int* next;               // the next work item
+    int* next;               // the next work item, and the next tile of dQ to convert
     float* ring;             // (places, side * group, BM * D)
     void *dq, *dk, *dv;
     Strides dq_strides, dk_strides, dv_strides;
@@ -84,11 +83,10 @@ struct Shared {
     alignas(128) int2 bounds[Q_STAGES][RANGES][BM];
     alignas(8) u64 q_full[Q_STAGES], q_empty[Q_STAGES], grad_full[DO_STAGES], grad_empty[DO_STAGES];
     u64 k_full, v_full, keys_empty, item_full[2], item_empty[2];
-    u64 sum_full[2], sum_empty[2], done_full[PENDING], done_empty[PENDING];
-    u64 part_full;
+    u64 sum_full[2], sum_empty[2], part_full;
     int masked[Q_STAGES];
     int2 item[2];        // item, pairs of a query tile and a head; -1: no more
-    int done[PENDING];   // a finished tile of dQ, as in `state`; -1: no more
+    int ready;           // a final tile of dQ, as in `state`; -1: no more
 };
 
 static_assert(sizeof(Shared) <= SHARED_BYTES);
@@ -140,17 +138,20 @@ __device__ __forceinline__ void query_sums(float (&d)[32], u32 ds, u32 keys) {
     products_commit();
 }
 
-__device__ __forceinline__ void hand_over(const float (&dq)[32], Shared& sh, int w, int thread,
-                                          u32& parity) {
+__device__ __forceinline__ void store_sums(const float (&dq)[32], Shared& sh, int w, int thread,
+                                           u32& parity) {
     barrier_wait(shared_address(&sh.sum_empty[w]), parity ^ 1);
-    u32 to = shared_address(sh.sum[w]) + thread * 16;
+    const u32 to = shared_address(sh.sum[w]) + thread * 16;
 #pragma unroll
     for (int j = 0; j < 8; j++)
         store_four(to + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-    fence_shared();
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(shared_address(&sh.sum_full[w]));
     parity ^= 1;
+}
+
+// What the warp has stored before its last fence is for who adds up.
+__device__ __forceinline__ void hand_over(Shared& sh, int w, int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&sh.sum_full[w]));
 }
 
 // Lane i of a quad holds word i of each of four rows, and gets row i whole.
@@ -266,7 +267,7 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
         // The same in all lanes, and the compiler is to know it.
         const int2 message = make_int2(__shfl_sync(~0u, sh.item[slot].x, 0),
                                        __shfl_sync(~0u, sh.item[slot].y, 0));
-        const int end = it + message.y;
+        const int begin = it, end = it + message.y;
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&sh.item_empty[slot]));
         slot ^= 1;
@@ -300,6 +301,8 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
                 sums(dv, weight, shared_address(sh.grad[os]));
                 slopes(ds, weight, dp, sh, qs, pair);
                 store_slopes(ds, ds_to + (it & 1) * DS_BYTES, ds_row, ds_chunk);
+                // A fence takes as long as the stores before it: one serves dS and the dQ before.
+                if (it > begin) hand_over(sh, w, lane);
                 sums(dk, ds, shared_address(sh.q[qs]));
                 barrier_wait(shared_address(&sh.q_full[qn]), (it + 1) / Q_STAGES & 1);
                 scores(s, k_mine, shared_address(sh.q[qn]));
@@ -318,7 +321,7 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
                 scores(dp, v_mine, shared_address(sh.grad[on]));
                 products_wait<1>();
                 hold(dq);
-                hand_over(dq, sh, w, thread, sum_parity);
+                store_sums(dq, sh, w, thread, sum_parity);
                 products_wait<0>();
                 hold(dp);
             }
@@ -327,6 +330,7 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
             sums(dv, weight, shared_address(sh.grad[os]));
             slopes(ds, weight, dp, sh, qs, pair);
             store_slopes(ds, ds_to + (it & 1) * DS_BYTES, ds_row, ds_chunk);
+            if (it > begin) hand_over(sh, w, lane);
             sums(dk, ds, shared_address(sh.q[qs]));
             asm volatile("bar.sync 1, 256;" ::: "memory");
             query_sums(dq, ds_from + (it & 1) * DS_BYTES, keys_from);
@@ -339,7 +343,9 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
                 barrier_arrive(shared_address(&sh.grad_empty[os]));
                 barrier_arrive(shared_address(&sh.keys_empty));
             }
-            hand_over(dq, sh, w, thread, sum_parity);
+            store_sums(dq, sh, w, thread, sum_parity);
+            fence_shared();
+            hand_over(sh, w, lane);
             it++;
             keys_parity ^= 1;
         }
@@ -428,14 +434,6 @@ __device__ void load(const Params& p, Shared& sh, const TensorMap* q, const Tens
     }
 }
 
-__device__ __forceinline__ void announce(Shared& sh, int& done, int message) {
-    const int slot = done % PENDING;
-    barrier_wait(shared_address(&sh.done_empty[slot]), (done / PENDING & 1) ^ 1);
-    sh.done[slot] = message;
-    barrier_arrive(shared_address(&sh.done_full[slot]));
-    done++;
-}
-
 // How many items before that of `key_tile` add to this query tile, of how many.
 __device__ __forceinline__ int2 parts(const int* row_ptr, const int4* rows, int tile,
                                       int key_tile) {
@@ -449,27 +447,15 @@ __device__ __forceinline__ int2 parts(const int* row_ptr, const int4* rows, int 
     return count;
 }
 
-// A tile's part from this block is in memory: count it, and have the tile converted if that was the
-// last. Where there is an order, `final` tells; the count's answer need not be waited for then.
-__device__ __forceinline__ void settle(const Params& p, Shared& sh, int& done, int tile,
-                                       bool final) {
-    int* state = p.state + tile;
+// Parts of dQ that this thread has added are in memory: they may be counted.
+__device__ __forceinline__ void publish() {
     fence_global();
     __threadfence();
-    if (ORDERED)
-        atomicAdd(state, 1);
-    else
-        final = atomicAdd(state, 1) == -1;
-    if (final) {
-        __threadfence();
-        announce(sh, done, tile);
-    }
 }
 
 __device__ void add_up(const Params& p, Shared& sh, int lane) {
     const int heads = p.side * p.group;
     u32 slot = 0, item_parity = 0, parity = 0;
-    int done = 0;
 #pragma unroll 1
     for (;;) {
         barrier_wait(shared_address(&sh.item_full[slot]), item_parity);
@@ -480,12 +466,12 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
         item_parity ^= slot == 0;
         if (message.x < 0) break;
         const Item at = unpacked(p, message.x);
-        int unsettled = -1;
-        bool unsettled_final = false;
+        int* unsettled = nullptr;
         const int first = p.column_ptr[at.tile], last = p.column_ptr[at.tile + 1];
 #pragma unroll 1
         for (int g = 0; g < p.group; g++) {
             const int head = at.head % p.side * p.group + g;
+            int* of_head = p.state + (long long)at.strip * p.query_tiles * heads + head;
 #pragma unroll 1
             for (int r = last - 1; r >= first; r--) {
                 const int4 range = p.columns[r];
@@ -496,7 +482,7 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                     bool clear = top - lane < range.x;
                     int2 count = make_int2(0, 0);
                     if (ORDERED && !clear) count = parts(p.row_ptr, p.rows, top - lane, at.tile);
-                    const int* state = p.state + (long long)place * heads + head;
+                    int* state = of_head + (long long)(top - lane) * heads;
 #pragma unroll 1
                     for (int j = 0; j < 32 && top - j >= range.x; j++) {
                         while (!(__ballot_sync(~0u, clear) >> j & 1))
@@ -506,13 +492,10 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                                              DONE) &&
                                         (!ORDERED || load_acquire(state) == count.x - count.y);
                         const bool start = ORDERED && __shfl_sync(~0u, count.x, j) == 0;
-                        const bool final =
-                            ORDERED && __shfl_sync(~0u, count.y - count.x, j) == 1;
-                        const int this_place = __shfl_sync(~0u, place, j);
                         if (lane == 0) {
                             fence_global();
-                            float* to = p.ring + ((long long)(this_place % p.places) * heads + head)
-                                                     * (BM * D);
+                            float* to = p.ring + ((long long)((place - j) % p.places) * heads +
+                                                  head) * (BM * D);
 #pragma unroll
                             for (int w = 0; w < 2; w++, to += BM * D / 2) {
                                 barrier_wait(shared_address(&sh.sum_full[w]), parity);
@@ -525,39 +508,65 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                             barrier_arrive(shared_address(&sh.sum_empty[0]));
                             adds_read<0>();
                             barrier_arrive(shared_address(&sh.sum_empty[1]));
-                            // The tile before has had time to reach memory.
-                            if (unsettled >= 0) {
-                                adds_done<2>();
-                                settle(p, sh, done, unsettled, unsettled_final);
+                            if (ORDERED) {
+                                // The tile before has had time to reach memory.
+                                if (unsettled) {
+                                    adds_done<2>();
+                                    publish();
+                                    atomicAdd(unsettled, 1);
+                                }
+                                unsettled = state - j * heads;
                             }
-                            unsettled = this_place * heads + head;
-                            unsettled_final = final;
                         }
                         parity ^= 1;
                         __syncwarp();
                     }
                 }
             }
+            if (!ORDERED) {
+                // A fence for each tile would take longer than its products.
+                if (lane == 0) {
+                    adds_done<0>();
+                    publish();
+                }
+                __syncwarp();
+#pragma unroll 1
+                for (int r = first; r < last; r++) {
+                    const int4 range = p.columns[r];
+#pragma unroll 1
+                    for (int tile = range.x + lane; tile < range.y; tile += 32)
+                        atomicAdd(of_head + (long long)tile * heads, 1);
+                }
+            }
         }
         // Not later: other blocks may wait for it while this one waits within its next item.
-        if (unsettled >= 0) {
+        if (ORDERED && unsettled) {
             adds_done<0>();
-            settle(p, sh, done, unsettled, unsettled_final);
+            publish();
+            atomicAdd(unsettled, 1);
         }
         __syncwarp();
     }
-    if (lane == 0) announce(sh, done, -1);
 }
 
-// Finished sums, in the order of the registers that made them, to rows of the result.
+// Final sums, in the order of the registers that made them, to rows of the result. Blocks take tiles
+// in the order in which they become final, whoever has made them so: that spreads the work.
 __device__ void convert(const Params& p, Shared& sh, int thread) {
-    const int lane = thread % 32;
+    const int lane = thread % 32, tiles = p.batch * p.query_tiles * p.kv_heads * p.group;
     u32 parity = 0;
 #pragma unroll 1
-    for (int done = 0;; done++) {
-        const int slot = done % PENDING;
-        barrier_wait(shared_address(&sh.done_full[slot]), done / PENDING & 1);
-        const int message = sh.done[slot];
+    for (;;) {
+        if (thread == 0) {
+            int tile, state = DONE;
+            while ((tile = atomicAdd(p.next + 1, 1)) < tiles) {
+                while ((state = load_acquire(p.state + tile)) < 0) __nanosleep(500);
+                if (state != DONE) break;  // else nothing is seen from it
+            }
+            sh.ready = tile < tiles ? tile : -1;
+        }
+        __syncwarp();
+        asm volatile("bar.sync 2, 64;" ::: "memory");
+        const int message = sh.ready;
         if (message < 0) break;
         const int heads = p.side * p.group, place = message / heads;
         const int strip = place / p.query_tiles, strips = p.kv_heads / p.side;
@@ -608,10 +617,7 @@ __device__ void convert(const Params& p, Shared& sh, int thread) {
             __threadfence();
             asm volatile("bar.sync 2, 64;" ::: "memory");
         }
-        if (thread == 0) {
-            atomicExch(p.state + message, DONE);
-            barrier_arrive(shared_address(&sh.done_empty[slot]));
-        }
+        if (thread == 0) atomicExch(p.state + message, DONE);
     }
 }
 
@@ -639,10 +645,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             barrier_init(shared_address(&sh.item_empty[i]), 9);  // eight warps and who adds up
             barrier_init(shared_address(&sh.sum_full[i]), 4);
             barrier_init(shared_address(&sh.sum_empty[i]), 1);
-        }
-        for (int i = 0; i < PENDING; i++) {
-            barrier_init(shared_address(&sh.done_full[i]), 1);
-            barrier_init(shared_address(&sh.done_empty[i]), 1);
         }
         barrier_init(shared_address(&sh.part_full), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -732,5 +734,5 @@ extern "C" __global__ void __launch_bounds__(256) attention_backward_prepare(
                     p.strip_heads +
                 head % p.strip_heads] =
             empty ? DONE : -parts(p.row_ptr, p.rows, tile, 0).y;
-    if (threadIdx.x == 0 && tile == 0 && head == 0 && batch == 0) *p.next = 0;
+    if (threadIdx.x < 2 && tile == 0 && head == 0 && batch == 0) p.next[threadIdx.x] = 0;
 }

@@ -108,11 +108,7 @@ def backward(
     query_tiles, key_tiles = -(-n // rows), -(-m // TILE_K)
     by_row, by_column = lists.rows(rows, TILE_K), lists.columns(TILE_K, rows)
     ranges = len(lists.low)
-    # Where a row sees one range, neighbouring key tiles meet a query tile one after the other: an
-    # order costs no time then, and saves the zeros that the sums would start from. A tile of sinks,
-    # which meets every query, would have all others wait for it.
-    ordered = deterministic or ranges == 1
-    kernels = _kernels(options(width, q.dtype, ranges, ordered))
+    kernels = _kernels(options(width, q.dtype, ranges, deterministic))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     items = batch * key_tiles * kv_heads
     side = _side(width, kv_heads)
@@ -124,9 +120,9 @@ def backward(
 
     stats = empty(batch, heads, query_tiles, 2 * rows, dtype=torch.float32)
     bounds = empty(ranges, query_tiles * rows, 2)
-    state, following = empty(batch, query_tiles, heads), empty(1)
+    state, following = empty(batch, query_tiles, heads), empty(2)
     ring = empty(places, strip_heads, rows * width, dtype=torch.float32)
-    if not ordered:
+    if not deterministic:
         ring.zero_()
     low, high = lists.low.contiguous(), lists.high.contiguous()
 
