@@ -219,7 +219,7 @@ def measure(options: argparse.Namespace) -> None:
         os.environ.setdefault(name, value)
     cases = [(case, 4, 0.08) for case in SWEEP]
     cases = [(case, 3, 0.05) for case in CASES] if options.quick else [
-        *((case, 8, 0.12) for case in CASES), *cases
+        *((case, 10, 0.1) for case in CASES), *cases
     ]  # fmt: skip
     wanted = options.cases or [""]
     cases = [x for x in cases if any(text in x[0].name for text in wanted)]
