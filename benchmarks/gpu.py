@@ -6,61 +6,50 @@ operations alone (forward `4 * head_dim` for each pair and query head, backward 
 that), for decode the bytes of keys and values as they are stored. A product and a copy in the same
 turns are the machine's ceilings. Errors are against float64 on sampled rows and keys, relative.
 
-Writes benchmarks/results/gpu.json and, where matplotlib is there, gpu.png; `--plot` draws that from
-a JSON that was made elsewhere.
+First, processes side by side call every contender once, so that what compilers leave on the disk is
+found there. Then the run writes benchmarks/results/gpu.json and, where matplotlib is there,
+gpu.png. From a gpu.json that was made elsewhere, and without a GPU, `--plot` draws gpu.png,
+`--docs` fills the tables of README.md and docs/kernels.md, and `--rates` puts the rates by which
+`auto` chooses into a file of the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
-import io
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import peers
-import sampled
 import torch
-from gpu_cases import CASES, HEADS, KV_HEADS, OURS, SWEEP, W1, W4, Case, K, goals
+from gpu_calls import PEERLESS, prepare
+from gpu_cases import CASES, SWEEP, W1, Case, K
+from gpu_report import Row, goals_table, judged, table
 from record import RESULTS, write
-from torch import Tensor
 
-from attnspan import attention, received
-from attnspan.cache import Int8
-from attnspan.dispatch import attend
 from attnspan.evaluation.files import write_file
-from attnspan.kernels.view import KVView, Part, RawPart, Stored
-from attnspan.patterns import Full, Pattern, SlidingWindow, pairs
+from attnspan.patterns import SlidingWindow
 
-WARM = 128 << 20  # bytes of inputs to go through before any is read again: over twice the L2
 HANG = 150  # seconds without a sign of life; FlexAttention's first compilation may take minutes
-
-
-@dataclass
-class Row:
-    """One contender of a case; `work` is operations or bytes of one call."""
-
-    case: str
-    contender: str
-    unit: str
-    work: float
-    seconds: list[float] = field(default_factory=list)
-    error: float | None = None
-    extra_mib: float | None = None  # backward's peak over what was held before it
-    mhz: list[int] = field(default_factory=list)
-    watts: list[float] = field(default_factory=list)
-    failure: str | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+# Where compilers keep what they made, if not told otherwise.
+CACHES = {
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # each process of the pool is one already
+}
+_COMPILED = ("ours", "hopper", "triton", "received", "fa4", "flex")
 
 
 class Gauge:
@@ -86,8 +75,8 @@ class Gauge:
 
 
 class Bench:
-    def __init__(self, rounds: int, seconds: float, until: float) -> None:
-        self.rounds, self.seconds, self.until = rounds, seconds, until
+    def __init__(self, until: float) -> None:
+        self.until = until
         self.rows: list[Row] = []
         self.gauge = Gauge()
         a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
@@ -98,7 +87,8 @@ class Bench:
             "GB/s": ("copy", 2 * source.nbytes, lambda: target.copy_(source)),
         }
 
-    def case(self, case: Case) -> None:
+    def case(self, case: Case, rounds: int, burst: float) -> None:
+        """Times the contenders of a case: `rounds` bursts each of about `burst` seconds."""
         torch.cuda.empty_cache()
         live: list[tuple[Row, Callable[[], Any], int, int]] = []
         for contender in case.contenders:
@@ -111,16 +101,16 @@ class Bench:
                 continue
             try:
                 run, calls = prepare(case, contender, row)
-                live.append((row, run, self._count(run), calls))
+                live.append((row, run, self._count(run, burst), calls))
             except Exception as error:
                 torch.cuda.synchronize()  # raises where the context is lost
-                first = str(error).strip().partition("\n")[0]
-                row.failure = f"{type(error).__name__}: {first}"[:200]
+                row.failure = _said(error)
         if live:
             name, work, run = self.ceilings[case.unit]
-            live.append((Row(case.name, name, case.unit, work), run, self._count(run), 1))
-            self.rows.append(live[-1][0])
-        for i in range(self.rounds):
+            ceiling = Row(case.name, name, case.unit, work)
+            live.append((ceiling, run, self._count(run, burst), 1))
+            self.rows.append(ceiling)
+        for i in range(rounds):
             for row, run, count, calls in live[:: -1 if i % 2 else 1]:
                 faulthandler.dump_traceback_later(HANG, exit=True)
                 seconds, mhz, watts = self._burst(run, count)
@@ -129,10 +119,10 @@ class Bench:
                 row.watts.append(round(watts, 1))
         faulthandler.cancel_dump_traceback_later()
 
-    def _count(self, run: Callable[[], Any]) -> int:
+    def _count(self, run: Callable[[], Any], burst: float) -> int:
         for _ in range(2):
             run()
-        return max(3, math.ceil(self.seconds / self._burst(run, 3)[0]))
+        return max(3, math.ceil(burst / self._burst(run, 3)[0]))
 
     def _burst(self, run: Callable[[], Any], count: int) -> tuple[float, int, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -144,275 +134,54 @@ class Bench:
         return start.elapsed_time(end) / 1e3 / count, mhz, watts
 
 
-def prepare(case: Case, contender: str, row: Row) -> tuple[Callable[[], Any], int]:
-    """What a burst repeats and how many calls that is; notes work, error and memory in `row`."""
-    if case.pattern is None:
-        return _decode(case, contender, row)
-    *leaves, grad = _inputs(case)
-    exact = _exact(case)
-    at, some = _sample(case.n)
-    row.work = 4.0 * case.head_dim * HEADS * pairs(case.pattern, case.n)
-    if case.what == "received":
-        row.work /= 2
-        run = _received(contender, case.pattern, *leaves)
-        row.error = _error(run()[0, :, some], exact["received"])
-        return run, 1
-    for x in leaves:
-        x.requires_grad_(case.what == "backward")
-    with torch.set_grad_enabled(case.what == "backward"):
-        call = _forward(contender, case, *leaves)
-        out, lse = call()
-    if case.what == "forward":
-        row.error = _error(out[0, :, at], exact["out"])
-        if lse is not None:
-            row.error = max(row.error, _error(lse[0, :, at], exact["lse"]))
-        return torch.no_grad()(call), 1
-    row.work *= 2.5
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
-
-    backward()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    dq, dk, dv = backward()
-    row.extra_mib = round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)
-    found = {"dq": dq[0, :, at], "dk": dk[0, :, some], "dv": dv[0, :, some]}
-    row.error = max(_error(x, exact[name]) for name, x in found.items())
-    return backward, 1
+def compile_all(cases: Iterable[Case], workers: int) -> None:
+    """Every kernel that the cases need, into the caches on the disk; failures are told, no more."""
+    began = time.monotonic()
+    todo = {_alike(case, x): None for case in cases for x in case.contenders if _is_compiled(x)}
+    # The longest first: the last to start is then not the last to end.
+    order = sorted(todo, key=lambda task: (task[1] != "flex", task[1] != "fa4", task[0].n))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(order)), context) as pool:
+        futures = {pool.submit(_compile, *task): task for task in order}
+        try:
+            for future in as_completed(futures):
+                case, contender = futures[future]
+                seconds, failure = future.result()
+                said = f"  {failure}" if failure else ""
+                print(f"{contender:8} {case.name:60} {seconds:5.1f} s{said}", flush=True)
+        except BrokenProcessPool as error:
+            print(f"compiling ahead ended early: {error}", flush=True)
+    print(f"compiled {len(order)} in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _inputs(case: Case) -> list[Tensor]:
-    """q, k, v and a gradient, the same for all contenders of a case.
-
-    They are views of `(batch, sequence, heads, head_dim)` memory, as a model's projections leave
-    it.
-    """
-    make = torch.Generator("cuda").manual_seed(0)
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": make}
-    shape = case.batch, case.n
-    all_heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    made = [torch.randn(*shape, heads, case.head_dim, **options) for heads in all_heads]
-    return [x.transpose(1, 2) for x in made]
+def _is_compiled(contender: str) -> bool:
+    return contender.partition(",")[0] in _COMPILED and not contender.endswith("eager")
 
 
-def _sample(n: int) -> tuple[Tensor, Tensor]:
-    """Rows and keys at which results are compared: the first, the last and some between."""
-    between = torch.randint(n, (16,), generator=torch.Generator().manual_seed(n))
-    at = torch.cat([torch.arange(8), between, torch.arange(n - 8, n)])
-    # Not in the middle of a long sequence: all that see a key take part in its gradients.
-    start = max(n // 2, n - 8192)
-    return at.cuda(), torch.arange(start, start + 8, device="cuda")
+def _alike(case: Case, contender: str) -> tuple[Case, str]:
+    """A small case that needs the same kernel; FlexAttention has one for every shape and window."""
+    if contender != "flex":
+        pattern = W1 if isinstance(case.pattern, SlidingWindow) else case.pattern
+        most = 64 * K if pattern is None else 32 * K
+        lse = case.lse and contender not in PEERLESS  # ours always have it
+        case = replace(case, n=min(case.n, most), pattern=pattern, lse=lse)
+    return replace(case, contenders=()), contender
 
 
-@lru_cache(maxsize=1)
-def _exact(case: Case) -> dict[str, Tensor]:
-    q, k, v, grad = _inputs(case)
-    at, some = _sample(case.n)
-    assert case.pattern is not None
-    if case.what == "forward":
-        out, lse, _ = sampled.rows(q, k, v, case.pattern, at)
-        return {"out": out, "lse": lse}
-    if case.what == "received":
-        return {"received": sampled.keys(q, k, v, case.pattern, some)[0]}
-    dq = sampled.rows(q, k, v, case.pattern, at, grad)[2]
-    _, dk, dv = sampled.keys(q, k, v, case.pattern, some, grad)
-    assert dq is not None
-    return {"dq": dq, "dk": dk, "dv": dv}
-
-
-def _forward(contender: str, case: Case, q: Tensor, k: Tensor, v: Tensor) -> peers.Run:
-    assert case.pattern is not None
-    if contender not in OURS:
-        return peers.prefill(contender, q, k, v, case.pattern, case.lse)
-
-    def run() -> tuple[Tensor, Tensor | None]:
-        if case.lse:
-            return attention(q, k, v, case.pattern, impl=contender, return_lse=True)
-        return attention(q, k, v, case.pattern, impl=contender), None
-
-    return run
-
-
-def _received(
-    contender: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor
-) -> Callable[[], Tensor]:
-    if contender == "eager":
-        return peers.eager_received(q, k, pattern)
-    _, lse = attention(q, k, v, pattern, return_lse=True)
-    return lambda: received(q, k, pattern, lse=lse)
-
-
-def _decode(case: Case, contender: str, row: Row) -> tuple[Callable[[], Any], int]:
-    """A graph of calls that go through enough inputs that none lies in the L2."""
-    coded = case.what == "int8"
-    token = Int8().bytes_per_token(case.head_dim, torch.float16) if coded else 4 * case.head_dim
-    row.work = float(case.batch * KV_HEADS * case.n * token)
-    sets = math.ceil(WARM / row.work) + (case.n < K * K)
-    make = torch.Generator("cuda").manual_seed(0)
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": make}
-    runs: list[Callable[[], Any]] = []
-    for i in range(sets):
-        q = torch.randn(case.batch, HEADS, 1, case.head_dim, **options)
-        shape = case.batch, KV_HEADS, case.n, case.head_dim
-        k, v = (torch.randn(shape, **options) for _ in range(2))
-        part: Part | RawPart = Part(q, k, v)
-        if coded:
-            fields = Int8().encode(k, v, None)
-            part = RawPart(q, Stored("int8", fields))
-        if contender == "ours":
-            scores = case.what == "scores"
-            view = KVView((part,))
-            runs.append(lambda view=view, scores=scores: attend(view, return_scores=scores))
-        else:
-            runs.append(peers.decode(contender, q, k, v))
-        if i == 0:
-            if coded:
-                k, v = Int8().decode(fields, None, torch.float32)
-            row.error = _decode_error(case, runs[0](), q[:1], k[:1], v[:1])
-
-    def through() -> None:
-        for run in runs:
-            run()
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad():
-        with torch.cuda.stream(torch.cuda.Stream()):
-            through()  # what is built or chosen at a first call isn't captured
+def _compile(case: Case, contender: str) -> tuple[float, str | None]:
+    began, failure = time.monotonic(), None
+    try:
+        prepare(case, contender, Row(case.name, contender, case.unit, 0.0), check=False)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            through()
-    # The closure keeps the inputs alive for as long as the graph reads them.
-    return lambda graph=graph, held=runs: graph.replay(), sets
+        torch.cuda.empty_cache()
+    except Exception as error:
+        failure = _said(error)
+    return time.monotonic() - began, failure
 
 
-def _decode_error(case: Case, given: tuple[Any, Any], q: Tensor, k: Tensor, v: Tensor) -> float:
-    out, scores = given
-    last = torch.zeros(1, dtype=torch.int64, device="cuda")
-    exact, _, _ = sampled.rows(q, k, v, Full(), last)
-    error = _error(out[:1].reshape(exact.shape), exact)
-    if scores is None:
-        return error
-    some = torch.arange(0, case.n, 97, device="cuda")
-    exact_scores, _, _ = sampled.keys(q, k, v, Full(), some)
-    return max(error, _error(scores[0][0][:, some], exact_scores))
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
-
-
-def judged(rows: list[Row]) -> list[dict[str, Any]]:
-    """Every goal with what was reached; value None where a figure is missing."""
-    done = {(row.case, row.contender): row for row in rows if row.seconds}
-
-    def find(case: str, contender: str) -> Row | None:
-        if contender != "ours":
-            return done.get((case, contender))
-        named = [done[case, x] for x in ("ours", *OURS) if (case, x) in done]
-        return min(named, key=lambda row: row.median, default=None)
-
-    verdicts = []
-    for goal in goals():
-        ours = find(goal.case, "ours")
-        other = find(goal.against[0] or goal.case, goal.against[1]) if goal.against else None
-        value = None
-        if ours is not None and (other is not None or goal.against is None):
-            match goal.kind, other:
-                case "speed", Row():
-                    value = other.median / ours.median
-                case "time", Row():
-                    value = ours.median / other.median
-                case "both", Row():
-                    value = 1 + ours.median / other.median
-                case "rate", _:
-                    value = ours.work / ours.median / 1e9
-                case "us", _:
-                    value = ours.median * 1e6
-                case _:
-                    value = ours.extra_mib
-        more = goal.kind in ("speed", "rate")
-        level = "no figure"
-        if value is not None:
-            met = [value >= x if more else value <= x for x in (goal.aim, goal.must)]
-            level = "aim reached" if met[0] else "reached" if met[1] else "missed"
-        by = ours.contender if ours else None
-        verdicts.append({**asdict(goal), "by": by, "value": value, "verdict": level})
-    return verdicts
-
-
-def table(rows: list[Row], verdicts: list[dict[str, Any]]) -> str:
-    lines, case = [], None
-    for row in rows:
-        if row.case != case:
-            case = row.case
-            lines.append(f"{case} ({row.unit})")
-        if not row.seconds:
-            lines.append(f"    {row.contender:14} -- {row.failure}")
-            continue
-        scale = row.work / (1e12 if row.unit == "TFLOP/s" else 1e9)
-        rates = scale / row.median, scale / max(row.seconds), scale / min(row.seconds)
-        error = "" if row.error is None else f"  error {row.error:.1e}"
-        memory = "" if row.extra_mib is None else f"  extra {row.extra_mib:.0f} MiB"
-        gauge = f"  {statistics.median(row.mhz):.0f} MHz {max(row.watts):.0f} W"
-        lines.append(
-            f"    {row.contender:14} {rates[0]:7.1f} [{rates[1]:.1f} to {rates[2]:.1f}]"
-            f"  {row.median * 1e6:10.1f} us{error}{memory}{gauge if any(row.mhz) else ''}"
-        )
-    if verdicts:
-        lines.append(f"\n{'':82} {'value':>8} {'must':>7} {'aim':>7}")
-    for v in verdicts:
-        value = "" if v["value"] is None else f"{v['value']:.3g}"
-        against = f" of {v['against'][1]}" if v["against"] else ""
-        by = f" ({v['by']})" if v["by"] else ""
-        text = f"{v['case']}: {v['kind']}{against}{by}"
-        lines.append(f"{text:82} {value:>8} {v['must']:7} {v['aim']:7} {v['verdict']}")
-    return "\n".join(lines)
-
-
-def plot(results: dict[str, Any]) -> bytes:
-    """Rates of the forward with LSE against n and W, under the machine's ceiling."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [Row(**row) for row in results["rows"]]
-    shown = [r for r in rows if r.seconds and r.unit == "TFLOP/s"]
-    rate = {(r.case, r.contender): r.work / r.median / 1e12 for r in shown}
-    ceiling = statistics.median(y for (_, name), y in rate.items() if name == "product")
-    forward = [c for c in (*CASES, *SWEEP) if c.what == "forward" and c.lse and c.head_dim == 128]
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
-    panels = (
-        ("tokens, W=4096", [c for c in forward if c.pattern == W4], lambda c: c.n),
-        ("tokens, W=1024", [c for c in forward if c.pattern == W1], lambda c: c.n),
-        (
-            "window W, n=32K",
-            [c for c in forward if c.n == 32 * K and isinstance(c.pattern, SlidingWindow)],
-            lambda c: c.pattern.window,
-        ),
-    )
-    for axes, (label, cases, place) in zip(all_axes, panels, strict=True):
-        for contender, marker in (("hopper", "o"), ("triton", "s"), ("fa4", "^"), ("flex", "D")):
-            points = sorted(
-                (place(c), rate[c.name, contender]) for c in cases if (c.name, contender) in rate
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=marker, label=contender)
-        axes.axhline(ceiling, color="0.4", linestyle="--", label="8192-cubed bf16 product")
-        axes.set_xscale("log", base=2)
-        ticks = sorted({place(c) for c in cases})
-        axes.set_xticks(ticks, [f"{t // K}K" if t >= K else str(t) for t in ticks])
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylim(0, 1.08 * max(ceiling, *rate.values()))
-    all_axes[0].set_ylabel("useful TFLOP/s, forward with LSE")
-    all_axes[0].legend(fontsize=8, frameon=False)
-    meta = results["meta"]
-    figure.suptitle(f"{meta['device']}, bf16, 32/8 heads of 128, {meta['date']}", fontsize=9)
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
+def _said(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"[:200]
 
 
 def main() -> None:
@@ -421,43 +190,67 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=[], help="only those with one of these texts")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--seconds", type=float, default=350, help="start no contender after these")
+    usual = max(1, min(14, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--workers", type=int, default=usual, help="that compile ahead; 0: none")
     parser.add_argument("--plot", action="store_true", help="draw from --out; measure nothing")
+    parser.add_argument("--docs", action="store_true", help="fill the documents from --out")
+    parser.add_argument("--rates", type=Path, help="put the rates of --out into this file")
     options = parser.parse_args()
-    out = options.out.absolute()
-    if options.plot:
-        write_file(out.with_suffix(".png"), plot(json.loads(out.read_text())))
+    options.out = options.out.absolute()
+    if not (options.plot or options.docs or options.rates):
+        if not torch.cuda.is_available():
+            parser.error("this needs an NVIDIA GPU")
+        measure(options)
         return
-    if not torch.cuda.is_available():
-        parser.error("this needs an NVIDIA GPU")
+    results = json.loads(options.out.read_text())
+    if options.plot:
+        write_file(options.out.with_suffix(".png"), gpu_report.plot(results))
+    for path in DOCS if options.docs else ():
+        write_file(path, gpu_report.fill(path, results))
+    if options.rates:
+        known = json.loads(options.rates.read_text()) if options.rates.exists() else {}
+        text = gpu_report.rates_text(gpu_report.with_rates(known, results))
+        write_file(options.rates, text.encode())
+
+
+def measure(options: argparse.Namespace) -> None:
     began = time.monotonic()
-    rounds, burst = (3, 0.05) if options.quick else (6, 0.15)
-    bench = Bench(rounds, burst, began + options.seconds)
-    chosen = CASES if options.quick else (*CASES, *SWEEP)
-    results: dict[str, Any] = {}
-    for case in chosen:
-        if options.cases and not any(text in case.name for text in options.cases):
-            continue
-        if options.quick:
+    for name, value in CACHES.items():
+        os.environ.setdefault(name, value)
+    cases = [(case, 4, 0.08) for case in SWEEP]
+    cases = [(case, 3, 0.05) for case in CASES] if options.quick else [
+        *((case, 10, 0.1) for case in CASES), *cases
+    ]  # fmt: skip
+    wanted = options.cases or [""]
+    cases = [x for x in cases if any(text in x[0].name for text in wanted)]
+    if options.quick:
+        for i, (case, *rest) in enumerate(cases):
             kept = tuple(x for x in case.contenders if x != "flex")
-            case = replace(case, contenders=kept)
-        first = len(bench.rows)
-        bench.case(case)
-        print(table(bench.rows[first:], []), f"[{time.monotonic() - began:.0f} s]", flush=True)
+            cases[i] = replace(case, contenders=kept), *rest
+    if options.workers:
+        compile_all([case for case, _, _ in cases], options.workers)
+    versions = peers.versions()
+    bench = Bench(began + options.seconds)
+    for case, rounds, burst in cases:
+        first, at = len(bench.rows), time.monotonic()
+        bench.case(case, rounds, burst)
+        now = time.monotonic()
+        print(table(bench.rows[first:]), f"[{now - at:.1f} s, {now - began:.0f}]", flush=True)
         results = {
-            "versions": peers.versions(),
-            "run": {"rounds": rounds, "burst_seconds": burst, "quick": options.quick},
-            "seconds": round(time.monotonic() - began, 1),
-            "goals": judged(bench.rows),
+            "versions": versions,
+            "run": {"rounds": cases[0][1], "burst_seconds": cases[0][2], "quick": options.quick},
+            "seconds": round(now - began, 1),
+            "goals": [v.as_dict() for v in judged(bench.rows)],
             "rows": [asdict(row) for row in bench.rows],
         }
-        write(out, results)
-    print(table([], judged(bench.rows)))
+        write(options.out, results)
+    print(goals_table(judged(bench.rows)))
     try:
-        drawn = plot(json.loads(out.read_text()))
+        drawn = gpu_report.plot(json.loads(options.out.read_text()))
     except ImportError:
-        print(f"no matplotlib here: draw later with --plot --out {out.name}")
+        print(f"no matplotlib here: draw later with --plot --out {options.out.name}")
     else:
-        write_file(out.with_suffix(".png"), drawn)
+        write_file(options.out.with_suffix(".png"), drawn)
 
 
 if __name__ == "__main__":

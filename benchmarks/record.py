@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,12 +27,19 @@ def device() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def write(name: Path, results: dict[str, Any]) -> Path:
     """Writes `results` under benchmarks/results/, with device, versions and date."""
     meta = {
         "device": device(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,0 +1,132 @@
+"""Registers, stack, spills and shared memory of the kernels for Hopper, compiled without a GPU.
+
+`PYTHONPATH=src:tests:tests/kernels python tests/registers.py` prints them as Markdown; the table in
+docs/kernels.md is that. Spills are instructions that store to or load from the stack.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import test_gpu_decode as decode
+import torch
+import triton
+from sass import disassembled
+from triton.backends.compiler import GPUTarget
+from triton_compile import compiled, recorded
+
+from attnspan.kernels import gpu_received, hopper, hopper_backward, nvrtc
+from attnspan.kernels.gpu_lists import Lists
+from attnspan.patterns import Sinks, SlidingWindow, plan
+from attnspan.testing import make_qkv
+
+BF16 = torch.bfloat16
+
+
+def kernels(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
+    """Name, machine code, bytes of shared memory where those are known before a launch."""
+    yield from _hopper(folder)
+    yield from _portable(folder)
+    yield from _decode(folder)
+
+
+def _hopper(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
+    from attnspan.kernels import received_hopper
+
+    for width in (128, 64):
+        for ranges in (1, 2):
+            for guess in (True, False):
+                kind = BF16, width, 4, 8, ranges, guess
+                made = hopper.compiled_for(GPUTarget("cuda", 90, 32), *kind)
+                form = f"{'guess' if guess else 'redo'}, ranges={ranges}, D={width}"
+                yield f"`hopper` forward, {form}", made.asm["cubin"], made.metadata.shared
+    for width in (128, 64):
+        for ranges, ordered in ((1, True), (2, False)):
+            if nvrtc.lack():
+                continue
+            options = hopper_backward.options(width, BF16, ranges, ordered)
+            code, _ = nvrtc.compile_source(hopper_backward.SOURCE, options)
+            form = f"ranges={ranges}, {'ordered' if ordered else 'unordered'}, D={width}"
+            yield f"`hopper` backward, {form}", code, hopper_backward._SHARED_BYTES
+    for width in (128, 64):
+        q, k, _ = make_qkv(300, 300, heads=(8, 2), head_dim=width, dtype=BF16)
+        lse, out = torch.zeros(1, 8, 300), torch.zeros(1, 2, 300)
+        with recorded(received_hopper, "received") as launches:
+            gpu_received.launch_hopper(q, k, lse, out, _lists(SlidingWindow(70)), 0.1)
+        made = compiled(launches[0], 90, folder)
+        yield f"received, D={width}", made.asm["cubin"], made.metadata.shared
+
+
+def _portable(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
+    from attnspan.kernels import triton_attention, triton_code
+
+    names = ("forward", "pull", "backward_keys", "backward_queries")
+    for width in (128, 64):
+        q, k, v = make_qkv(300, 300, heads=(4, 2), head_dim=width, dtype=BF16)
+        tiles = _lists(SlidingWindow(70) | Sinks(3))
+        with recorded(triton_code, *names) as launches:
+            out, lse = triton_attention.forward(q, k, v, tiles, 0.1)
+            triton_attention.backward(out, lse, q, k, v, out, lse, tiles, 0.1)
+        for launch in launches:
+            made = compiled(launch, 90, folder)
+            name = launch[0].__name__
+            yield f"`triton` {name}, D={width}", made.asm["cubin"], made.metadata.shared
+
+
+def _decode(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
+    from attnspan.kernels import gpu_decode_stored, gpu_decode_turned
+
+    for name, words, tile in (("attend_dense", "*bf16", 16), ("attend_int8", "*i32", 32)):
+        constants = {**decode.NONE, "M": 1, "G": 4, "D": 128, "N": 8, "W": 4, "MOST": 32}
+        constants |= {"T": tile, "STAGES": 3}
+        if name == "attend_int8":
+            constants |= {"ks_row": 1, "vs_row": 1}
+        pointers = {**decode.POINTERS, "key": words, "value": words}
+        kernel = getattr(gpu_decode_stored, name)
+        yield f"decode, {name}", *_made(kernel, pointers, constants, num_warps=4)
+    constants = {
+        **decode.NONE, "KIND": 2, "M": 1, "G": 4, "D": 128, "PADDED": 16, "GROUP": 32,
+        "TURNED": 128, "INTERLEAVED": False, "BLOCK": 64,
+    }  # fmt: skip
+    del constants["sink"], constants["counters"]
+    pointers = {**decode.POINTERS, "key": "*u8", "value": "*u8"}
+    kernel = gpu_decode_turned.attend_turned
+    options = {"num_warps": 4, "num_stages": 3}
+    yield "decode, attend_turned of int4", *_made(kernel, pointers, constants, **options)
+    constants = {"M": 1, "G": 4, "D": 128, "PADDED": 4, "RUNS": 32, "CHUNK": 1024}
+    kernel = gpu_decode_turned.finish
+    yield "decode, finish", *_made(kernel, decode.POINTERS, constants, num_warps=4)
+
+
+def _made(*args, **options) -> tuple[bytes, None]:
+    return decode.compiled(*args, **options)[0], None
+
+
+def _lists(pattern) -> Lists:
+    return Lists(plan(pattern, 300, 300)[0].jobs[0].tiles, "cpu")
+
+
+def main() -> None:
+    print("| kernel | registers | stack, bytes | spills | shared, KiB |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for label, cubin, shared in kernels(folder):
+            path = folder / "kernel.cubin"
+            path.write_bytes(cubin)
+            tool = triton.knobs.nvidia.cuobjdump.path
+            said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
+            # A file of several kernels: the one that matters has the most.
+            found = re.findall(r"REG:(\d+) STACK:(\d+)", said.stdout)
+            registers, stack = max(tuple(map(int, x)) for x in found)
+            code = disassembled(cubin, folder)
+            spills = sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in code)
+            kib = "" if shared is None else f"{shared / 1024:.0f}"
+            print(f"| {label} | {registers} | {stack} | {spills} | {kib} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
