@@ -238,6 +238,7 @@ def measure(options: argparse.Namespace) -> None:
         print(table(bench.rows[first:]), f"[{now - at:.1f} s, {now - began:.0f}]", flush=True)
         results = {
             "versions": versions,
+            "capability": torch.cuda.get_device_capability(),
             "run": {"rounds": cases[0][1], "burst_seconds": cases[0][2], "quick": options.quick},
             "seconds": round(now - began, 1),
             "goals": [v.as_dict() for v in judged(bench.rows)],

@@ -98,6 +98,7 @@ SWEEP = (
         for what in ("forward", "backward")
         for pattern, contenders in ((Causal(), DENSE), (W4, FA4))
     ),
+    *(Case(what, Causal(), n * K, DENSE) for what in ("forward", "backward") for n in (1, 4)),
 )
 
 

@@ -284,7 +284,12 @@ def with_rates(known: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]
     ]
     meta = results["meta"]
     versions = {**results["versions"], "torch": meta["torch"]}
-    entry = {"date": meta["date"], "versions": versions, "rates": rates}
+    entry = {
+        "capability": results["capability"],
+        "date": meta["date"],
+        "versions": versions,
+        "rates": rates,
+    }
     return {**known, meta["device"]: entry}
 
 
