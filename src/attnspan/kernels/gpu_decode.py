@@ -351,7 +351,7 @@ def _named(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def _common(piece: _Piece, key: Tensor, value: Tensor) -> dict[str, object]:
-    """The arguments that both kernels take of a piece."""
+    """The arguments that all kernels take of a piece."""
     query = _dense(piece.query)
     mask = None if piece.mask is None else _dense(piece.mask)
     return {

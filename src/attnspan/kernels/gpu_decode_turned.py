@@ -1,7 +1,8 @@
 """Device code, in Triton: decode attention over keys that are turned or int4, and the last pass.
 
 `attend_turned` serves every storage, with or without angles, wherever it lies; what needs no
-turning and is aligned goes faster through `gpu_decode_stored`. Both leave for each run of keys the
+turning and is aligned goes faster through `gpu_decode_stored`, and most of int4 through
+`gpu_decode_int4`. All leave for each run of keys the
 unscaled output, the maximum and the sum of its softmax, with scores in units of log2. `finish`
 merges the runs, and turns saved scores into the attention that each key received.
 """
