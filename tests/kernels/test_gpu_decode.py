@@ -241,10 +241,10 @@ def no_waiting():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls that mode a prototype
         torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.gpu
