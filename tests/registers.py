@@ -19,6 +19,7 @@ from sass import disassembled
 from triton.backends.compiler import GPUTarget
 from triton_compile import compiled, recorded
 
+from attnspan.cache.storage import Dense, Int4, Int8
 from attnspan.kernels import gpu_received, hopper, hopper_backward, nvrtc
 from attnspan.kernels.gpu_lists import Lists
 from attnspan.patterns import Sinks, SlidingWindow, plan
@@ -78,32 +79,19 @@ def _portable(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
 
 
 def _decode(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
-    from attnspan.kernels import gpu_decode_stored, gpu_decode_turned
-
-    for name, words, tile in (("attend_dense", "*bf16", 16), ("attend_int8", "*i32", 32)):
-        constants = {**decode.NONE, "M": 1, "G": 4, "D": 128, "N": 8, "W": 4, "MOST": 32}
-        constants |= {"T": tile, "STAGES": 3}
-        if name == "attend_int8":
-            constants |= {"ks_row": 1, "vs_row": 1}
-        pointers = {**decode.POINTERS, "key": words, "value": words}
-        kernel = getattr(gpu_decode_stored, name)
-        yield f"decode, {name}", *_made(kernel, pointers, constants, num_warps=4)
-    constants = {
-        **decode.NONE, "KIND": 2, "M": 1, "G": 4, "D": 128, "PADDED": 16, "GROUP": 32,
-        "TURNED": 128, "INTERLEAVED": False, "BLOCK": 64,
-    }  # fmt: skip
-    del constants["sink"], constants["counters"]
-    pointers = {**decode.POINTERS, "key": "*u8", "value": "*u8"}
-    kernel = gpu_decode_turned.attend_turned
-    options = {"num_warps": 4, "num_stages": 3}
-    yield "decode, attend_turned of int4", *_made(kernel, pointers, constants, **options)
-    constants = {"M": 1, "G": 4, "D": 128, "PADDED": 4, "RUNS": 32, "CHUNK": 1024}
-    kernel = gpu_decode_turned.finish
-    yield "decode, finish", *_made(kernel, decode.POINTERS, constants, num_warps=4)
-
-
-def _made(*args, **options) -> tuple[bytes, None]:
-    return decode.compiled(*args, **options)[0], None
+    cases = (
+        ("attend_dense", Dense(), False, "counters"),
+        ("attend_int8", Int8(), False, "counters"),
+        ("attend_int4", Int4(), False, ""),
+        ("attend_int4", Int4(), True, ""),
+        ("attend_turned", Int8(), True, ""),
+        ("finish", Dense(), False, "received"),
+    )
+    for name, storage, turned, options in cases:
+        launch = decode.launches(storage, 1, (32, 8), 128, turned, options)[name]
+        made = compiled(launch, 90, folder)
+        label = f"decode, {name}, {storage}" + ", turned" * turned
+        yield label, made.asm["cubin"], made.metadata.shared
 
 
 def _lists(pattern) -> Lists:

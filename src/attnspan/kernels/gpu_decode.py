@@ -6,10 +6,16 @@ https://pytorch.org/blog/flash-decoding). Given counters, the last block of a KV
 runs itself, which saves a launch. All query heads of a KV head go through one product, so keys and
 values are read once for them. Int8 codes are widened in registers; a key's scale goes on its
 scores, a value's on its weights. Int4 keys, and keys that are still to be turned, are rebuilt and
-turned in registers.
+turned in registers. Scores that are wanted afterwards, as the attention that keys received, lie in
+float32 until the merging pass, which knows each row's sum.
 
 Nothing here waits for the device or sizes memory by what lies on it, so calls can be captured in a
-CUDA graph; with `decode_rows` a captured graph serves a cache that grows.
+CUDA graph. A replay reads whatever then lies in the tensors that the captured call was given:
+queries, keys, values, scales, means, angles and masks may be written in place between replays; how
+many keys a view has, and its strides, are fixed. With `decode_rows` a captured graph serves a cache
+that grows: lengths and starts are read on the device too. A ring buffer needs no start of its own,
+since the order of keys in it is nothing to a softmax: while it fills, its length grows; once full,
+every slot is seen.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ _LEAST_RUN = 64  # keys below which a run isn't worth a thread block
 _LOG2E = 1.4426950408889634
 _WARPS = 4
 _IN_FLIGHT = 32  # runs that a merging thread block reads at a time
+_TOGETHER = 4  # KV heads of int4 that a thread block takes, which then reads angles once for them
 _MERGED_ROWS = 512  # rows of runs up to which one thread block merges them faster than many
 _CHUNK = 1024  # keys of a thread block in the last pass over saved scores
 
@@ -74,7 +81,8 @@ def decode(
     """Attention of a view's few queries over all its parts, keys and values read as stored.
 
     Args:
-        view: what a cache holds; angles in float32.
+        view: what a cache holds; angles in float32. In a captured graph, slots that hold nothing
+            yet are to be masked.
         scale: factor of the scores.
         softcap: as in `attnspan.attention`.
         sink_logits: as in `attnspan.attention`.
@@ -158,10 +166,31 @@ class _Piece:
     def keys(self) -> int:
         return self.fields["key"].shape[2]
 
-    @property
-    def blocks(self) -> int:
+    def blocks(self, rows: int) -> int:
         """Thread blocks that a processor needs to keep its memory busy."""
-        return 1 if self.kind == "dense" and self.is_plain else 2
+        few = self.kind == "dense" and self.is_plain and _warps_of_rows(rows) != 2
+        return 1 if few else 2
+
+    def together(self, rows: int) -> int:
+        """KV heads that a thread block takes: several where it reads angles once for them."""
+        key, angles = self.fields["key"], self.angles
+        if self.kind != "int4" or self.group != 32 or key.shape[-1] != 64 or rows > 8:
+            return 1
+        words = [self.fields[name] for name in ("key", "value")]
+        if any(x.data_ptr() % 16 or any(s % 64 for s in _strides(x)) for x in words):
+            return 1
+        scales = self.fields["key_scale"]
+        if scales.data_ptr() % 4 or any(s % 2 for s in _strides(scales)):
+            return 1
+        if angles is not None:
+            tables = angles.cos, angles.sin
+            if angles.interleaved or angles.cos.shape[1] != 64:
+                return 1
+            if any(x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in tables):
+                return 1
+            if angles.cos.stride(0) != angles.sin.stride(0):
+                return 1
+        return _TOGETHER if key.shape[1] % _TOGETHER == 0 else 1
 
     @property
     def is_plain(self) -> bool:
@@ -193,22 +222,28 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _runs(pairs: int, keys: int, slots: int) -> int:
+def _runs(pairs: int, keys: int, slots: int, weight: int = 1) -> int:
     """Into how many runs to cut the keys of each of `pairs` KV heads, for `slots` thread blocks.
 
-    In units of a key's time, as measured on an H200: each wave of blocks costs the keys of a run
-    and 128 more to start, and each run 16 to merge, or 3 where many blocks merge.
+    In units of a dense key's time, as measured on an H200: each wave of blocks costs the keys of a
+    run, each `weight`, and 128 more to start; each run costs 16 to merge, or 1 where many blocks
+    merge.
     """
 
     def cost(runs: int) -> int:
-        merging = 16 * min(runs, _IN_FLIGHT) + 3 * max(0, runs - _IN_FLIGHT)
-        return -(-pairs * runs // slots) * (-(-keys // runs) + 128) + merging
+        merging = 16 * min(runs, _IN_FLIGHT) + max(0, runs - _IN_FLIGHT)
+        return -(-pairs * runs // slots) * (weight * -(-keys // runs) + 128) + merging
 
     most = max(1, min(-(-keys // _LEAST_RUN), max(4, slots // pairs)))
     best = min(range(1, most + 1), key=cost)
     # A merging block reads its runs by _IN_FLIGHT: few beyond a multiple would cost a round.
     over = best % _IN_FLIGHT
-    return best - over if best > _IN_FLIGHT and over < _IN_FLIGHT // 8 else best
+    return best - over if best > _IN_FLIGHT and over < _IN_FLIGHT // 4 else best
+
+
+def _warps_of_rows(rows: int) -> int:
+    """Warps of a thread block that have the same keys, and other rows of the product."""
+    return max(1, _power_of_two(rows) // 16)
 
 
 def _power_of_two(x: int) -> int:
@@ -234,7 +269,11 @@ def _attend(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     sizes = [piece.keys for piece in pieces]
     some = [piece for piece in pieces if piece.keys]
-    counts = [_runs(pairs, piece.keys, piece.blocks * processors) for piece in some]
+    together = [piece.together(rows) for piece in some]
+    counts = [
+        _runs(pairs // heads, piece.keys, piece.blocks(rows) * processors, 8 if heads > 1 else 1)
+        for piece, heads in zip(some, together, strict=True)
+    ]
     runs, keys = sum(counts), sum(sizes)
     # One piece of memory for what runs leave: outputs, then maxima and sums.
     scratch = torch.empty(pairs * runs * rows * (width + 2), dtype=torch.float32, device=device)
@@ -243,8 +282,7 @@ def _attend(
     lse = torch.empty((batch, heads, m), dtype=torch.float32, device=device)
     scores = received = None
     if return_received:
-        # Rows of scores start where 16 bytes do.
-        scores = torch.empty((pairs, rows, -(-keys // 16) * 16), device=device)
+        scores = torch.empty((pairs, keys, rows), device=device)
         received = torch.empty((batch, kv_heads, keys), device=device)
     sink = None if sink_logits is None else sink_logits.contiguous()
     single = (
@@ -264,7 +302,7 @@ def _attend(
         "softcap": softcap,
         "runs": runs,
         "kv_heads": kv_heads,
-        "scores_row": 0 if scores is None else scores.shape[2],
+        "scores_keys": keys,
         "M": m,
         "G": heads // kv_heads,
         "D": width,
@@ -272,29 +310,34 @@ def _attend(
     end = {"sink": sink, "out": out, "lse": lse}
     with torch.cuda.device(device):
         first_run = first_key = 0
-        for piece, count in zip(some, counts, strict=True):
+        for piece, count, at_once in zip(some, counts, together, strict=True):
             last = single and piece is some[-1]
             options = {**shared, "n": piece.keys, "first_run": first_run, "scores_first": first_key}
             if piece.is_plain:
                 options |= {**end, "counters": counters if last else None}
                 _stored(piece, (count, pairs), rows, options)
+            elif at_once > 1:
+                _int4(piece, (count, pairs // at_once), at_once, options)
             else:
                 _turned(piece, (count, pairs), rows, options)
             first_run += count
             first_key += piece.keys
         if not single:
-            chunk = max(64, _CHUNK // max(1, _power_of_two(rows) // 16))
+            chunk = min(_CHUNK, max(64, 4 * _CHUNK // _power_of_two(rows)))
             chunks = -(-keys // chunk) if return_received else 0
+            # Many runs are merged a quarter of the channels at a time, so that all are in flight.
+            channels = width if runs <= _IN_FLIGHT else 32
             finish: Any = gpu_decode_turned.finish
-            finish[(pairs, rows + chunks)](
+            finish[(pairs, rows * (width // channels) + chunks)](
                 **end,
                 **{name: shared[name] for name in ("part", "stats", "scores", "runs", "kv_heads")},
-                **{name: shared[name] for name in ("scores_row", "lengths", "starts")},
+                **{name: shared[name] for name in ("lengths", "starts")},
                 **{name: shared[name] for name in ("M", "G", "D")},
                 received=received,
                 n=keys,
                 PADDED=_power_of_two(rows),
-                RUNS=32,
+                C=channels,
+                RUNS=_IN_FLIGHT * (width // channels),
                 CHUNK=chunk,
                 num_warps=4,
                 launch_pdl=True,
@@ -308,7 +351,7 @@ def _named(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def _common(piece: _Piece, key: Tensor, value: Tensor) -> dict[str, object]:
-    """The arguments that both kernels take of a piece."""
+    """The arguments that all kernels take of a piece."""
     query = _dense(piece.query)
     mask = None if piece.mask is None else _dense(piece.mask)
     return {
@@ -327,8 +370,7 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
     from attnspan.kernels import gpu_decode_stored
 
     key, value = (_dense(piece.fields[name]) for name in ("key", "value"))
-    padded = max(8, _power_of_two(rows))
-    warps_of_rows = max(1, padded // 16)
+    padded, warps_of_rows = max(8, _power_of_two(rows)), _warps_of_rows(rows)
     shape = {
         "N": padded,
         "W": _WARPS,
@@ -343,7 +385,7 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
             **options,
             **shape,
             T=16 * wide,
-            STAGES=3 * warps_of_rows,
+            STAGES={1: 3, 2: 3, 4: 12}[warps_of_rows],
         )
         return
     key_scale, value_scale = piece.fields["key_scale"], piece.fields["value_scale"]
@@ -362,6 +404,38 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
 
 
 _KINDS = {"dense": 0, "int8": 1, "int4": 2}
+
+
+def _int4(piece: _Piece, grid: tuple[int, int], heads: int, options: dict[str, Any]) -> None:
+    from attnspan.kernels import gpu_decode_int4
+
+    fields = {name: _dense(x) for name, x in piece.fields.items()}
+    words = {name: fields[name].view(torch.int32) for name in ("key", "value", "key_scale")}
+    assert piece.mean is not None
+    mean = _dense(piece.mean.float())
+    angles = piece.angles
+    kernel: Any = gpu_decode_int4.attend_int4
+    kernel[grid](
+        **_common(piece, words["key"], words["value"]),
+        **options,
+        key_scale=words["key_scale"],
+        value_scale=fields["value_scale"],
+        value_least=fields["value_least"],
+        mean=mean,
+        mean_batch=mean.stride(0),
+        mean_head=mean.stride(1),
+        cos=None if angles is None else angles.cos,
+        sin=None if angles is None else angles.sin,
+        angle_row=0 if angles is None else angles.cos.stride(0),
+        **_named("ks", words["key_scale"]),
+        **_named("vs", fields["value_scale"]),
+        **_named("vl", fields["value_least"]),
+        N=8,
+        W=heads,
+        T=16,
+        STAGES=4,
+        num_warps=heads,
+    )
 
 
 def _turned(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, object]) -> None:

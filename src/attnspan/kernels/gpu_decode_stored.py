@@ -53,7 +53,7 @@ def _widen(words, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _as_operand(p, WK: gl.constexpr, T: gl.constexpr, N: gl.constexpr, to: gl.constexpr):
+def as_operand(p, WK: gl.constexpr, T: gl.constexpr, N: gl.constexpr, to: gl.constexpr):
     """Weights (warps, keys, rows), as one product leaves them, as the next one's right operand.
 
     `movmatrix` turns each block of eight keys by eight rows; what remains is renaming.
@@ -72,7 +72,7 @@ def _as_operand(p, WK: gl.constexpr, T: gl.constexpr, N: gl.constexpr, to: gl.co
 
 
 @gluon.jit
-def _run(n, lengths, starts, b, split, SPLITS, GRAIN: gl.constexpr):
+def run_of(n, lengths, starts, b, split, SPLITS, GRAIN: gl.constexpr):
     """The keys `first <= j < last` of a split of row `b`; runs start at multiples of GRAIN."""
     start = 0
     length = n
@@ -103,38 +103,53 @@ def _load_query(
 
 
 @gluon.jit
-def _copies(base, stride, first, last, slot, memory, WK: gl.constexpr, T: gl.constexpr,
-            WIDTH: gl.constexpr, cp: gl.constexpr):  # fmt: skip
-    """Starts the copy of a tile's rows from key `first` on; past `last` come zeros."""
-    w = gl.arange(0, WK, gl.SliceLayout(1, gl.SliceLayout(2, cp)))
-    t = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, cp)))
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, cp)))
-    j = w[:, None, None] * T + t[None, :, None]
+def copies(base, stride, apart, first, last, slot, memory, WK: gl.constexpr, T: gl.constexpr,
+           WIDTH: gl.constexpr, cp: gl.constexpr):  # fmt: skip
+    """Starts the copy of a tile's rows from key `first` on; past `last` come zeros.
+
+    `apart` is from a warp's rows to the next one's: None where those follow it, else so many
+    elements, each warp then having the same keys of another head.
+    """
+    w = gl.arange(0, WK, gl.SliceLayout(1, gl.SliceLayout(2, cp)))[:, None, None]
+    t = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, cp)))[None, :, None]
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, cp)))[None, None, :]
     from_ = base + first.to(gl.int64) * stride
-    at = j * stride + d[None, None, :]
-    inside = (j + d[None, None, :] * 0) < last - first
-    async_copy.async_copy_global_to_shared(memory.index(slot), from_ + at, inside)
+    if apart is None:
+        j = w * T + t
+        at = from_ + (j * stride + d)
+    else:
+        j = w * 0 + t
+        at = from_ + w.to(gl.int64) * apart + (t * stride + d)
+    async_copy.async_copy_global_to_shared(memory.index(slot), at, j + d * 0 < last - first)
 
 
 @gluon.jit
-def _load_scales(base, stride, first, last, WK: gl.constexpr, T: gl.constexpr, mma: gl.constexpr):
+def load_scales(base, stride, apart, first, last, WK: gl.constexpr, T: gl.constexpr,
+                mma: gl.constexpr):  # fmt: skip
+    """A scale of each of a tile's keys; `apart` as in `copies`."""
     layout: gl.constexpr = gl.SliceLayout(2, mma)
-    w = gl.arange(0, WK, gl.SliceLayout(1, layout))
-    t = gl.arange(0, T, gl.SliceLayout(0, layout))
-    j = w[:, None] * T + t[None, :]
-    return gl.load(base + first.to(gl.int64) * stride + j * stride, mask=j < last - first, other=0)
+    w = gl.arange(0, WK, gl.SliceLayout(1, layout))[:, None]
+    t = gl.arange(0, T, gl.SliceLayout(0, layout))[None, :]
+    from_ = base + first.to(gl.int64) * stride
+    if apart is None:
+        j = w * T + t
+        at = from_ + j * stride
+    else:
+        j = w * 0 + t
+        at = from_ + w.to(gl.int64) * apart + t * stride
+    return gl.load(at, mask=j < last - first, other=0)
 
 
 @gluon.jit
-def _finish_scores(
-    s, first, last, softcap, mask, mask_row, scores, scores_row, rows, M: gl.constexpr,
-    WK: gl.constexpr, T: gl.constexpr, N: gl.constexpr, mma: gl.constexpr,
+def finish_scores(
+    s, j, r, first, last, softcap, mask, mask_row, scores, apart, ROWS: gl.constexpr,
+    M: gl.constexpr,
 ):  # fmt: skip
-    """Soft cap, additive mask, and minus infinity past the last key; saves them if wanted."""
-    w = gl.arange(0, WK, gl.SliceLayout(1, gl.SliceLayout(2, mma)))[:, None, None]
-    t = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :, None]
-    r = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
-    j = w * T + t
+    """Soft cap, additive mask, and minus infinity past the last key; saves them if wanted.
+
+    They are of the keys `first + j` by the rows `r`; `apart` is where saved ones of one KV head
+    lie after those of another.
+    """
     inside = j + r * 0 < last - first
     if softcap is not None:
         # s is in units of softcap here; tanh(s) = 1 - 2 / (exp(2 s) + 1).
@@ -144,19 +159,30 @@ def _finish_scores(
         s += extra.to(gl.float32) * 1.4426950408889634
     s = gl.where(inside, s, -float("inf"))
     if scores is not None:
-        at = r.to(gl.int64) * scores_row + j
-        gl.store(scores + first + at, s, mask=inside & (r < rows))
+        # A key's rows lie side by side: a warp then writes whole lines. They stay in the L2 cache
+        # for the last pass, whatever streams by.
+        at = scores + first.to(gl.int64) * ROWS + apart
+        gl.store(at + (j * ROWS + r), s, mask=inside & (r < ROWS), eviction_policy="evict_last")
     return s
 
 
 @gluon.jit
-def _softmax(s, top, total):
+def _places(WK: gl.constexpr, T: gl.constexpr, N: gl.constexpr, mma: gl.constexpr):
+    """Keys of a tile, and rows, of a product's elements."""
+    w = gl.arange(0, WK, gl.SliceLayout(1, gl.SliceLayout(2, mma)))[:, None, None]
+    t = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :, None]
+    r = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
+    return w * T + t, r
+
+
+@gluon.jit
+def softmax(s, top):
     """Weights of a tile under the new maximum, and what the former sums are to be scaled by."""
     new = gl.maximum(top, gl.max(s, 1))
     base = gl.where(new == -float("inf"), 0.0, new)
     keep = gl.exp2(top - base)
     p = gl.exp2(s - base[:, None, :])
-    return p, keep, new, total * keep + gl.sum(p, 1)
+    return p, keep, new
 
 
 @gluon.jit
@@ -278,11 +304,11 @@ def _close(
         gl.store(counters + pair, 0)
 
 
-@gluon.jit(do_not_specialize=["n", "runs", "first_run", "scores_first"])
+@gluon.jit(do_not_specialize=["n", "runs", "first_run", "scores_first", "scores_keys"])
 def attend_dense(
     q, key, value, mask, lengths, starts, sink, part, stats, out, lse, scores, counters,
     factor, softcap, n, runs, first_run, scores_first, kv_heads, q_batch, q_head, q_row,
-    key_batch, key_head, key_row, value_batch, value_head, value_row, mask_row, scores_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, mask_row, scores_keys,
     M: gl.constexpr, G: gl.constexpr, D: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
     T: gl.constexpr, STAGES: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
@@ -301,37 +327,36 @@ def attend_dense(
     pair = gl.program_id(1)
     b = pair // kv_heads
     kv = pair % kv_heads
-    first, last = _run(n, lengths, starts, b, split, gl.num_programs(0), 16)
+    first, last = run_of(n, lengths, starts, b, split, gl.num_programs(0), 16)
     key += b.to(gl.int64) * key_batch + kv.to(gl.int64) * key_head
     value += b.to(gl.int64) * value_batch + kv.to(gl.int64) * value_head
     if scores is not None:
-        scores += pair.to(gl.int64) * ROWS * scores_row + scores_first
+        scores += (pair.to(gl.int64) * scores_keys + scores_first) * ROWS
     keys = gl.allocate_shared_memory(dtype, [STAGES, WK, T, D], held)
     values = gl.allocate_shared_memory(dtype, [STAGES, WK, T, D], held)
     for i in gl.static_range(STAGES - 1):
         at = first + i * TILE
-        _copies(key, key_row, at, last, i, keys, WK, T, D, cp)
-        _copies(value, value_row, at, last, i, values, WK, T, D, cp)
+        copies(key, key_row, None, at, last, i, keys, WK, T, D, cp)
+        copies(value, value_row, None, at, last, i, values, WK, T, D, cp)
         async_copy.commit_group()
     query = _load_query(q, q_batch, q_head, q_row, b, kv, ROWS, M, G, N, WK, 0, 1, D, right)
     top = gl.full([WK, N], -float("inf"), gl.float32, gl.SliceLayout(1, mma))
     total = gl.zeros([WK, N], gl.float32, gl.SliceLayout(1, mma))
     acc = gl.zeros([WK, D, N], gl.float32, mma)
+    j, r = _places(WK, T, N, mma)
     slot = 0
     for at in range(first, last, TILE):
         async_copy.wait_group(STAGES - 2)
         ahead = at + (STAGES - 1) * TILE
         free = gl.where(slot == 0, STAGES - 1, slot - 1)
-        _copies(key, key_row, ahead, last, free, keys, WK, T, D, cp)
-        _copies(value, value_row, ahead, last, free, values, WK, T, D, cp)
+        copies(key, key_row, None, ahead, last, free, keys, WK, T, D, cp)
+        copies(value, value_row, None, ahead, last, free, values, WK, T, D, cp)
         async_copy.commit_group()
         s = mma_v2(keys.index(slot).load(left), query, gl.zeros([WK, T, N], gl.float32, mma))
-        s = _finish_scores(
-            s * factor, at, last, softcap, mask, mask_row, scores, scores_row, ROWS, M, WK, T, N,
-            mma,
-        )  # fmt: skip
-        p, keep, top, total = _softmax(s, top, total)
-        weights = _as_operand(p.to(dtype), WK, T, N, right)
+        s = finish_scores(s * factor, j, r, at, last, softcap, mask, mask_row, scores, 0, ROWS, M)
+        p, keep, top = softmax(s, top)
+        total = total * keep + gl.sum(p, 1)
+        weights = as_operand(p.to(dtype), WK, T, N, right)
         acc = mma_v2(
             values.index(slot).permute([0, 2, 1]).load(left), weights, acc * keep[:, None, :]
         )
@@ -366,12 +391,12 @@ def _fit(x, factor):
     return (x.to(gl.float32) * factor[:, None, :]).to(gl.float16)
 
 
-@gluon.jit(do_not_specialize=["n", "runs", "first_run", "scores_first"])
+@gluon.jit(do_not_specialize=["n", "runs", "first_run", "scores_first", "scores_keys"])
 def attend_int8(
     q, key, value, key_scale, value_scale, mask, lengths, starts, sink, part, stats, out, lse,
     scores, counters, factor, softcap, n, runs, first_run, scores_first, kv_heads,
     q_batch, q_head, q_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    ks_batch, ks_head, ks_row, vs_batch, vs_head, vs_row, mask_row, scores_row,
+    ks_batch, ks_head, ks_row, vs_batch, vs_head, vs_row, mask_row, scores_keys,
     M: gl.constexpr, G: gl.constexpr, D: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
     T: gl.constexpr, STAGES: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
@@ -390,27 +415,26 @@ def attend_int8(
     pair = gl.program_id(1)
     b = pair // kv_heads
     kv = pair % kv_heads
-    first, last = _run(n, lengths, starts, b, split, gl.num_programs(0), 16)
+    first, last = run_of(n, lengths, starts, b, split, gl.num_programs(0), 16)
     key += b.to(gl.int64) * key_batch + kv.to(gl.int64) * key_head
     value += b.to(gl.int64) * value_batch + kv.to(gl.int64) * value_head
     key_scale += b.to(gl.int64) * ks_batch + kv.to(gl.int64) * ks_head
     value_scale += b.to(gl.int64) * vs_batch + kv.to(gl.int64) * vs_head
     if scores is not None:
-        scores += pair.to(gl.int64) * ROWS * scores_row + scores_first
+        scores += (pair.to(gl.int64) * scores_keys + scores_first) * ROWS
     keys = gl.allocate_shared_memory(gl.int32, [STAGES, WK, T, WORDS], held)
     values = gl.allocate_shared_memory(gl.int32, [STAGES, WK, T, WORDS], held)
     for i in gl.static_range(STAGES - 1):
         at = first + i * TILE
-        _copies(key, key_row, at, last, i, keys, WK, T, WORDS, cp)
-        _copies(value, value_row, at, last, i, values, WK, T, WORDS, cp)
+        copies(key, key_row, None, at, last, i, keys, WK, T, WORDS, cp)
+        copies(value, value_row, None, at, last, i, values, WK, T, WORDS, cp)
         async_copy.commit_group()
-    next_ks = _load_scales(key_scale, ks_row, first, last, WK, T, mma)
-    next_vs = _load_scales(value_scale, vs_row, first, last, WK, T, mma)
+    next_ks = load_scales(key_scale, ks_row, None, first, last, WK, T, mma)
+    next_vs = load_scales(value_scale, vs_row, None, first, last, WK, T, mma)
     q0 = _load_query(q, q_batch, q_head, q_row, b, kv, ROWS, M, G, N, WK, 0, 4, D, right)
     q1 = _load_query(q, q_batch, q_head, q_row, b, kv, ROWS, M, G, N, WK, 1, 4, D, right)
     q2 = _load_query(q, q_batch, q_head, q_row, b, kv, ROWS, M, G, N, WK, 2, 4, D, right)
     q3 = _load_query(q, q_batch, q_head, q_row, b, kv, ROWS, M, G, N, WK, 3, 4, D, right)
-    # The largest query of a row comes to between 2**14 and 2**15.
     size = gl.maximum(
         gl.maximum(_largest(q0), _largest(q1)), gl.maximum(_largest(q2), _largest(q3))
     )
@@ -431,34 +455,35 @@ def attend_int8(
         [WK], 5.960464477539063e-08, gl.float32, gl.SliceLayout(1, gl.SliceLayout(1, mma))
     )
     top = gl.full([WK, N], -float("inf"), gl.float32, gl.SliceLayout(1, mma))
-    total = gl.zeros([WK, N], gl.float32, gl.SliceLayout(1, mma))
+    # A sum for each key of a tile: lanes add theirs up after the last one.
+    total = gl.zeros([WK, T, N], gl.float32, mma)
     acc0 = gl.zeros([WK, WORDS, N], gl.float32, mma)
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
     most_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, mma))
+    j, r = _places(WK, T, N, mma)
     slot = 0
     for at in range(first, last, TILE):
         async_copy.wait_group(STAGES - 2)
         ahead = at + (STAGES - 1) * TILE
         free = gl.where(slot == 0, STAGES - 1, slot - 1)
-        _copies(key, key_row, ahead, last, free, keys, WK, T, WORDS, cp)
-        _copies(value, value_row, ahead, last, free, values, WK, T, WORDS, cp)
+        copies(key, key_row, None, ahead, last, free, keys, WK, T, WORDS, cp)
+        copies(value, value_row, None, ahead, last, free, values, WK, T, WORDS, cp)
         async_copy.commit_group()
         ks = next_ks
         vs = next_vs
-        next_ks = _load_scales(key_scale, ks_row, at + TILE, last, WK, T, mma)
-        next_vs = _load_scales(value_scale, vs_row, at + TILE, last, WK, T, mma)
+        next_ks = load_scales(key_scale, ks_row, None, at + TILE, last, WK, T, mma)
+        next_vs = load_scales(value_scale, vs_row, None, at + TILE, last, WK, T, mma)
         k0, k1, k2, k3 = _widen(keys.index(slot).load(left), _WIDEN)
         s = mma_v2(k0, q0, gl.zeros([WK, T, N], gl.float32, mma) - offset[:, None, :])
         s = mma_v2(k1, q1, s)
         s = mma_v2(k2, q2, s)
         s = mma_v2(k3, q3, s)
         s = s * row_factor[:, None, :] * ks.to(gl.float32)[:, :, None]
-        s = _finish_scores(
-            s, at, last, softcap, mask, mask_row, scores, scores_row, ROWS, M, WK, T, N, mma
-        )
-        p, keep, top, total = _softmax(s, top, total)
+        s = finish_scores(s, j, r, at, last, softcap, mask, mask_row, scores, 0, ROWS, M)
+        p, keep, top = softmax(s, top)
+        total = total * keep[:, None, :] + p
         v = vs.to(gl.float32)
         most = gl.convert_layout(gl.max(v, 1), widest.type.layout, assert_trivial=True)
         wider = gl.maximum(widest, most)
@@ -468,7 +493,7 @@ def attend_int8(
         widest = wider
         share = gl.convert_layout(inverse_wide, most_layout, assert_trivial=True)
         p = p * (v * share[:, None])[:, :, None]
-        weights = _as_operand(p.to(gl.float16), WK, T, N, right)
+        weights = as_operand(p.to(gl.float16), WK, T, N, right)
         v0, v1, v2, v3 = _widen(values.index(slot).permute([0, 2, 1]).load(left), _WIDEN_EXACT)
         keep = keep[:, None, :]
         acc0 = mma_v2(v0, weights, acc0 * keep)
@@ -479,7 +504,7 @@ def attend_int8(
     async_copy.wait_group(0)
     if counters is None:
         gdc_launch_dependents()
-    most, total, share = _join_warps(top, total, mma)
+    most, total, share = _join_warps(top, gl.sum(total, 1), mma)
     run = pair.to(gl.int64) * runs + first_run + split
     _store_stats(most, total, stats + run * ROWS * 2, ROWS, N, W)
     share = share * (widest * 0.00048828125)[:, None]

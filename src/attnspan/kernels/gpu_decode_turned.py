@@ -1,7 +1,8 @@
 """Device code, in Triton: decode attention over keys that are turned or int4, and the last pass.
 
 `attend_turned` serves every storage, with or without angles, wherever it lies; what needs no
-turning and is aligned goes faster through `gpu_decode_stored`. Both leave for each run of keys the
+turning and is aligned goes faster through `gpu_decode_stored`, and most of int4 through
+`gpu_decode_int4`. All leave for each run of keys the
 unscaled output, the maximum and the sum of its softmax, with scores in units of log2. `finish`
 merges the runs, and turns saved scores into the attention that each key received.
 """
@@ -77,13 +78,13 @@ def _turned(x, base, scale, mean, cos, sin, row, scale_row, angle_row, j, inside
     return x * by_cos + other * (by_sin * sign[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "runs", "first_run", "scores_first"])
+@triton.jit(do_not_specialize=["n", "runs", "first_run", "scores_first", "scores_keys"])
 def attend_turned(
     q, key, value, key_scale, value_scale, value_least, mean, cos, sin, mask, lengths, starts,
     part, stats, scores, factor, softcap, n, runs, first_run, scores_first, kv_heads,
     q_batch, q_head, q_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     ks_batch, ks_head, ks_row, vs_batch, vs_head, vs_row, vl_batch, vl_head, vl_row,
-    mean_batch, mean_head, angle_row, mask_row, scores_row,
+    mean_batch, mean_head, angle_row, mask_row, scores_keys,
     KIND: tl.constexpr, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     GROUP: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,9 +180,14 @@ def attend_turned(
             s += extra.to(tl.float32) * 1.4426950408889634
         s = tl.where(inside[None, :], s, -float("inf"))
         if scores is not None:
-            row_at = (pair.to(tl.int64) * ROWS + r) * scores_row + scores_first
-            score_at = row_at[:, None] + j[None, :]
-            tl.store(scores + score_at, s, mask=(r < ROWS)[:, None] & inside[None, :])
+            key_at = pair.to(tl.int64) * scores_keys + scores_first + j
+            score_at = key_at[None, :] * ROWS + r[:, None]
+            tl.store(
+                scores + score_at,
+                s,
+                mask=(r < ROWS)[:, None] & inside[None, :],
+                eviction_policy="evict_last",
+            )
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         keep = tl.exp2(top - base)
@@ -223,10 +229,13 @@ def attend_turned(
 @triton.jit(do_not_specialize=["runs", "n"])
 def finish(
     part, stats, sink, out, lse, scores, received, lengths, starts, runs, n, kv_heads,
-    scores_row, M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    RUNS: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    C: tl.constexpr, RUNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * kv_heads, rows [+ chunks of keys]): a row's output, or what keys received."""
+    """Grid (batch * kv_heads, rows * D / C [+ chunks of keys]).
+
+    A block merges C channels of a row's output, or makes what CHUNK keys received.
+    """
     ROWS: tl.constexpr = G * M
     pair = tl.program_id(0)
     kv = pair % kv_heads
@@ -235,16 +244,18 @@ def finish(
     i = tl.arange(0, RUNS)
     # It is launched while the kernel before it still runs, and goes on once that has ended.
     gdc_wait()
-    if job < ROWS:
+    SHARES: tl.constexpr = D // C
+    if job < ROWS * SHARES:
+        row = job // SHARES
         top = -float("inf")
         if sink is not None:
-            top = tl.load(sink + kv * G + job // M).to(tl.float32) * 1.4426950408889634
+            top = tl.load(sink + kv * G + row // M).to(tl.float32) * 1.4426950408889634
         total = tl.exp2(top - tl.where(top == -float("inf"), 0.0, top))
-        d = tl.arange(0, D)
-        acc = tl.zeros([D], tl.float32)
+        d = job % SHARES * C + tl.arange(0, C)
+        acc = tl.zeros([C], tl.float32)
         for first in range(0, runs, RUNS):
             seen = first + i < runs
-            at = whole + (first + i) * ROWS + job
+            at = whole + (first + i) * ROWS + row
             most = tl.load(stats + at * 2, mask=seen, other=-float("inf"))
             sums = tl.load(stats + at * 2 + 1, mask=seen, other=0.0)
             x = tl.load(part + at[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
@@ -256,36 +267,40 @@ def finish(
             acc = acc * keep + tl.sum(x * share[:, None], 0)
             top = new
         base = tl.where(top == -float("inf"), 0.0, top)
-        place = pair.to(tl.int64) * ROWS + job
+        place = pair.to(tl.int64) * ROWS + row
         found = tl.where(total > 0, (base + tl.log2(total)) * 0.6931471805599453, -float("inf"))
-        tl.store(lse + place, found)
+        tl.store(lse + place, found, mask=job % SHARES == 0)
         acc = acc * tl.where(total > 0, 1 / total, 0.0)
         tl.store(out + place * D + d, acc.to(out.dtype.element_ty))
     elif received is not None:
         r = tl.arange(0, PADDED)
         # The scores are on their way while the rows' sums are made.
-        j = (job - ROWS) * CHUNK + tl.arange(0, CHUNK)
-        # Past the last key stand a few numbers that nobody wrote or stores; with them, rows end
-        # where 64 bytes do, and loads are wide.
-        seen = j < scores_row
+        j = (job - ROWS * SHARES) * CHUNK + tl.arange(0, CHUNK)
+        seen = j < n
         if lengths is not None:
             b = pair // kv_heads
             start = 0
             if starts is not None:
                 start = tl.load(starts + b)
             seen = seen & (j >= start) & (j < start + tl.load(lengths + b))
-        score_at = (pair.to(tl.int64) * ROWS + r)[:, None] * scores_row + j[None, :]
+        score_at = (pair.to(tl.int64) * n + j)[:, None] * ROWS + r[None, :]
         s = tl.load(
-            scores + score_at, mask=(r < ROWS)[:, None] & seen[None, :], other=-float("inf")
+            scores + score_at,
+            mask=seen[:, None] & (r < ROWS)[None, :],
+            other=-float("inf"),
+            eviction_policy="evict_first",
         )
         tops = tl.full([PADDED], -float("inf"), tl.float32)
         if sink is not None:
             tops = tl.load(sink + kv * G + r // M, mask=r < ROWS, other=0.0).to(tl.float32)
             tops *= 1.4426950408889634
         totals = tl.exp2(tops - tl.where(tops == -float("inf"), 0.0, tops))
-        for first in range(0, runs, RUNS):
-            known = (r < ROWS)[:, None] & (first + i < runs)[None, :]
-            at = whole + (first + i)[None, :] * ROWS + r[:, None]
+        # Several at a time, but no more than registers hold.
+        SOME: tl.constexpr = RUNS if RUNS * PADDED <= 1024 else 1024 // PADDED
+        some = tl.arange(0, SOME)
+        for first in range(0, runs, SOME):
+            known = (r < ROWS)[:, None] & (first + some < runs)[None, :]
+            at = whole + (first + some)[None, :] * ROWS + r[:, None]
             most = tl.load(stats + at * 2, mask=known, other=-float("inf"))
             sums = tl.load(stats + at * 2 + 1, mask=known, other=0.0)
             tallest = tl.maximum(tops, tl.max(most, 1))
@@ -295,5 +310,5 @@ def finish(
             tops = tallest
         # A row that saw nothing gives nothing.
         whole_sum = tl.where(totals > 0, tops + tl.log2(totals), float("inf"))
-        got = tl.sum(tl.exp2(s - whole_sum[:, None]), 0)
+        got = tl.sum(tl.exp2(s - whole_sum[None, :]), 1)
         tl.store(received + pair.to(tl.int64) * n + j, got, mask=j < n)
