@@ -252,7 +252,9 @@ class _Attachment:
         """One forward whose place the cache's clock knows; the cache counts nothing."""
         self.cache, self.turned = cache, False
         try:
-            with self.interface.diverted(self._attend, self.unrotated):
+            # Compiled layers leave it to itself: what it reads of a cache is no constant of them.
+            attend: Any = torch.compiler.disable(self._attend)
+            with self.interface.diverted(attend, self.unrotated):
                 return forward()
         finally:
             self.cache = None

@@ -322,13 +322,7 @@ class Cache(TransformersCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Marks the keys for the attention, which takes them in: only it sees the queries."""
-        if self.spans is None:
-            raise RuntimeError(
-                "this attnspan.Cache met a model that is not attached: "
-                "call it inside `with attnspan.attach(model):`"
-            )
-        key_states.attnspan_layer = layer_idx  # type: ignore[attr-defined]
-        return key_states, value_states
+        return _marked(self, key_states, layer_idx), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that went by, padding included; never the slots held."""
@@ -492,6 +486,20 @@ class Cache(TransformersCache):
             setattr(self, name, meta[name])
         self.runs = [[(a, b) for a, b in lane] for lane in self.runs]
         self._check_budget(self.batch_size if self.rows else 1)
+
+
+def _mark(cache: Cache, key_states: Tensor, layer_idx: int) -> Tensor:
+    if cache.spans is None:
+        raise RuntimeError(
+            "this attnspan.Cache met a model that is not attached: "
+            "call it inside `with attnspan.attach(model):`"
+        )
+    key_states.attnspan_layer = layer_idx  # type: ignore[attr-defined]
+    return key_states
+
+
+# Compiled layers leave it to itself: a layer's number and a cache's state are no constants of them.
+_marked: Any = torch.compiler.disable(_mark)
 
 
 class _Layer(CacheLayerMixin):

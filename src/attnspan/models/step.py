@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from attnspan.cache.clock import Clock
-from attnspan.cache.storage import Dense
+from attnspan.models.anatomy import text_config
 from attnspan.models.cache import Cache
-from attnspan.models.plain_decoder import Other, PlainDecoder
-from attnspan.policies import KeepAll
+from attnspan.models.interface import restore_forward
+
+# One row makes products of matrices products with a vector, for which Inductor then writes kernels
+# of its own, joined with what stands before and after them.
+_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
 class StepGraph:
@@ -28,19 +34,17 @@ class StepGraph:
     stays, so their steps can't be captured. A cache that keeps everything is captured anew when it
     has filled what was allotted, which is half as much again each time.
 
-    With one row, a decoder made of norms, products, gated MLPs and nothing else is computed by
-    kernels that join these (`fused`); it is held against the model's own forward first.
+    What the graph holds is the model's own forward. With `compiled` its layers go through
+    torch.compile first, which joins norms, rotations, residuals and, for one row, the products
+    themselves; the first step then takes the minute that compiling takes.
 
     Args:
         model: on one CUDA device, inside `attnspan.attach`, for as long as steps are taken. Its
             weights must stay where they are.
         cache: of that model, with the stream's first tokens in it.
-        fused: True asks for the joined kernels, False for the model's own forward; None takes the
-            former where they can do it.
+        compiled: whether the model's layers go through torch.compile.
 
     Attributes:
-        fused: whether steps go through the joined kernels.
-        why: where they don't, why, as the end of a sentence.
         token: int64 `(batch, 1)` on the device, the largest logit's index after each step.
 
     Raises:
@@ -49,8 +53,8 @@ class StepGraph:
     Memory that the graph needs while it runs isn't in `cache.nbytes`.
     """
 
-    def __init__(self, model: nn.Module, cache: Cache, *, fused: bool | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: nn.Module, cache: Cache, *, compiled: bool = False) -> None:
+        self.model, self.cache, self.compiled = model, cache, compiled
         if (lack := self.lacks()) is not None:
             raise ValueError(f"this step can't be captured in a CUDA graph: {lack}")
         device = cache.device
@@ -60,20 +64,10 @@ class StepGraph:
             counters = torch.zeros(self.batch * heads, dtype=torch.int32, device=device)
             self.clock = Clock(torch.zeros(1, dtype=torch.int64, device=device), counters)
             self.token = torch.zeros(self.batch, 1, dtype=torch.int64, device=device)
-        self.decoder: PlainDecoder | None = None
-        self.why: str | None = "the model's own forward was asked for"
-        if fused is not False:
-            self.decoder, self.why = self._decoder()
-        if fused and self.decoder is None:
-            raise ValueError(f"the joined kernels can't compute this model's step: {self.why}")
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and the logits it leaves
         self._captured: list[Tensor] = []
         self._at = -1  # the stream position that the device holds
         self._fed = False
-
-    @property
-    def fused(self) -> bool:
-        return self.decoder is not None
 
     def lacks(self) -> str | None:
         """Why no step can be taken now, as the end of a sentence; None: it can."""
@@ -168,15 +162,16 @@ class StepGraph:
         # compiles or allocates at its first run has then done so.
         stream.wait_stream(own)
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._run()
-            own.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                logits = self._run()
-                self.token.copy_(logits.argmax(-1, keepdim=True))
-                self.clock.position.add_(1)
+            with _compiled(_layers(self.model)) if self.compiled else nullcontext():
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        self._run()
+                own.wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    logits = self._run()
+                    self.token.copy_(logits.argmax(-1, keepdim=True))
+                    self.clock.position.add_(1)
         except RuntimeError as error:
             raise ValueError(
                 "the model's step can't be captured in a CUDA graph "
@@ -186,41 +181,39 @@ class StepGraph:
 
     def _run(self) -> Tensor:
         """A step at the clock's position, `(batch, vocabulary)`."""
-        with self.cache.clocked(self.clock):
-            if self.decoder is None:
-                return _own(self.model, self.cache, self.token)
-            return self.decoder(self.token, self.cache)
-
-    @torch.no_grad()
-    def _decoder(self) -> tuple[PlainDecoder | None, str | None]:
-        """The model's weights if they make a plain decoder, or why they don't."""
-        if self.batch != 1:
-            return None, f"they take one row, not {self.batch}"
-        try:
-            decoder = PlainDecoder(self.model)
-        except Other as other:
-            return None, str(other)
-        # The same step of a few tokens' cache, twice: it isn't counted, so it can be taken again.
-        cache = Cache(self.model, KeepAll(), Dense())
-        count = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        ids = (torch.arange(8, device=self.token.device) * 5 + 2)[None] % count
         model: Any = self.model
-        model(input_ids=ids[:, :7], past_key_values=cache, use_cache=True)
-        clock = Clock(torch.full_like(self.clock.position, 7), self.clock.counters)
-        with cache.clocked(clock):
-            expected = _own(self.model, cache, ids[:, 7:])
-        with cache.clocked(clock):
-            got = decoder(ids[:, 7:], cache)
-        error = float((got - expected).abs().max())
-        allowed = torch.finfo(expected.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
-        if not error <= allowed:  # as `attach` holds a model against its cache
-            return None, (
-                f"the model's own forward gives other logits (off by {error:.2g}, {allowed:.2g} is "
-                "allowed)"
-            )
-        return decoder, None
+        with self.cache.clocked(self.clock):
+            # Logits, or a headless model's last state.
+            return model(input_ids=self.token, past_key_values=self.cache, use_cache=True)[0][:, -1]
 
 
-def _own(model: Any, cache: Cache, token: Tensor) -> Tensor:
-    """Logits of the model's own forward, or a headless model's last state."""
-    return model(input_ids=token, past_key_values=cache, use_cache=True)[0][:, -1]
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers."""
+    count = text_config(model).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
+
+
+@contextmanager
+def _compiled(layers: list[nn.Module], backend: Any = "inductor") -> Iterator[None]:
+    """For the block's length, layers run through torch.compile, one compilation for all alike."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    # Layers differ in their number alone, which is then an input and not a constant of each; what
+    # would be compiled anew for every layer all the same raises instead of running slowly.
+    settings = torch._dynamo.config.patch(
+        allow_unspec_int_on_nn_module=True, fail_on_recompile_limit_hit=True
+    )
+    try:
+        with settings:
+            for layer in layers:
+                layer.__dict__["forward"] = torch.compile(
+                    layer.forward,
+                    backend=backend,
+                    options=_OPTIONS if backend == "inductor" else None,
+                )
+            yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            restore_forward(layer, forward)
