@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_ids, tiny, tiny_llama
+from tiny import random_ids, rounded, tiny, tiny_llama
 
 from attnspan.cache import Dense, Int4, Int8
 from attnspan.kernels import gpu_decode
@@ -63,8 +63,8 @@ def test_half_precision_stays_near(spec, storage) -> None:
 def held_to_the_reference(make: Callable[[], Any], spec: str, storage, dtype) -> None:
     """A GPU's error is at most twice that of the same arithmetic on a CPU, and a rounding more."""
     ids, cuts = random_ids(120), [50, 30, 7, 3, *[1] * 30]
-    low, on_gpu = make().to(dtype), make().to(dtype).cuda()
-    exact = make().to(dtype).double()  # with the weights as they are rounded
+    low, on_gpu = rounded(make(), dtype), rounded(make(), dtype).cuda()
+    exact = rounded(make(), dtype, torch.float32)
     expected = stream(exact, Cache(exact, parse(spec), storage), ids, cuts)
     reference = stream(low, Cache(low, parse(spec), storage), ids, cuts).double()
     got = stream(on_gpu, Cache(on_gpu, parse(spec), storage), ids, cuts).double()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_ids, tiny, tiny_llama
+from tiny import random_ids, rounded, tiny, tiny_llama
 
 import attnspan as span
 from attnspan.cache import Dense, Int4, Int8
@@ -27,9 +27,8 @@ PREFIX, TOKENS = 80, 120
 WIDE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 
 
-def wide(dtype: torch.dtype = torch.bfloat16) -> Any:
-    model: Any = tiny_llama(**WIDE)
-    return model.to("cuda", dtype)
+def wide(held: torch.dtype = torch.bfloat16) -> Any:
+    return rounded(tiny_llama(**WIDE), torch.bfloat16, held).cuda()
 
 
 def begun(model, ids, spec: str, storage) -> Cache:
@@ -77,9 +76,9 @@ def test_a_graph_is_its_steps_bit_for_bit(spec, storage) -> None:
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_graph_is_as_near_as_the_loop(spec, storage) -> None:
-    """Twice the loop's error against float64, and a rounding more."""
+    """Twice the loop's error against float32, and a rounding more."""
     model, ids = wide(), random_ids(TOKENS).cuda()
-    exact = wide(torch.bfloat16).double()
+    exact = wide(torch.float32)
     with attach(exact):
         expected = uncaptured(exact, begun(exact, ids, spec, storage), ids, clocked=False)
     with attach(model):
@@ -91,7 +90,7 @@ def test_a_graph_is_as_near_as_the_loop(spec, storage) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiled_layers_give_what_eager_ones_give(batch) -> None:
-    ids, (model, exact) = random_ids(TOKENS, batch).cuda(), (wide(), wide().double())
+    ids, (model, exact) = random_ids(TOKENS, batch).cuda(), (wide(), wide(torch.float32))
     spec, storage = "sinks:3+window:8", Int8()
     with attach(exact):
         expected = uncaptured(exact, begun(exact, ids, spec, storage), ids, clocked=False)
@@ -111,7 +110,7 @@ def assert_near(got: torch.Tensor, low: torch.Tensor, expected: torch.Tensor) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["mistral-sliding", "qwen2", "gemma3", "gpt_oss", "cohere2"])
 def test_other_families_are_captured(family) -> None:
-    model, ids = tiny(family, **WIDE).to("cuda", torch.bfloat16), random_ids(TOKENS).cuda()
+    model, ids = rounded(tiny(family, **WIDE), torch.bfloat16).cuda(), random_ids(TOKENS).cuda()
     spec = "window:9" if family == "mistral-sliding" else "sinks:2+window:30"
     with attach(model):
         low = uncaptured(model, begun(model, ids, spec, Int8()), ids, clocked=False)
