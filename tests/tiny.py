@@ -100,5 +100,15 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
+def rounded(model: Any, dtype: torch.dtype, held: torch.dtype | None = None) -> Any:
+    """`model` with its weights rounded to `dtype` and held in `held` (the same, if None).
+
+    Unlike `model.to`, it leaves the frequencies of rotary embeddings in float32, as loading does.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(held or dtype)
+    return model
+
+
 def random_ids(n: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 64, (batch, n), generator=torch.Generator().manual_seed(seed))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attnspan.dispatch import explain as explain
     from attnspan.dispatch import received as received
     from attnspan.models import Cache as Cache
+    from attnspan.models import StepGraph as StepGraph
     from attnspan.models import attach as attach
     from attnspan.patterns import Blockwise as Blockwise
     from attnspan.patterns import Causal as Causal
@@ -40,7 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "dispatch": ("attention", "explain", "received"),
     "cache": ("Dense", "Int4", "Int8"),
-    "models": ("Cache", "attach"),
+    "models": ("Cache", "StepGraph", "attach"),
     "patterns": (
         "Blockwise",
         "Causal",

@@ -87,6 +87,13 @@ def stream(
     chunk: Chunk = 256,
     seed: Annotated[int, _count(0, "Of the continuation.")] = 0,
     device: Device = None,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="Replay steps of one token (--chunk 1, --generate) from a CUDA graph.",
+        ),
+    ] = False,
 ) -> None:
     """Stream a text through a model whose cache is bounded by a policy, and score every token.
 
@@ -118,6 +125,7 @@ def stream(
             chunk=chunk,
             seed=seed,
             generate=generate,
+            graphs=graphs,
             save_to=save,
             save_every=save_every,
             resume_from=resume,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspan.cache.clock import Clock
 from attnspan.cache.storage import Dense, Fields, Int4, Storage
 from attnspan.cache.tables import Tables
 from attnspan.dispatch import FEW
@@ -49,7 +50,9 @@ class LayerSpec:
 class Call:
     """What one attention call brings besides q, k and v.
 
-    `rotated` says that the model has rotated q and k already, by their places in the stream.
+    `rotated` says that the model has rotated q and k already, by their places in the stream. With a
+    `clock` the call is a step of one token for each row, whose place the device knows alone: lanes
+    neither read nor move their own counts.
     """
 
     tables: Tables
@@ -57,6 +60,7 @@ class Call:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     rotated: bool = False
+    clock: Clock | None = None
 
 
 @dataclass
@@ -94,6 +98,22 @@ class Lane(ABC):
     def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Takes in `k`, `v` and attends for `q`; the stream moves on by their length."""
 
+    def lacks_step(self) -> str | None:
+        """Why this lane can't step by a clock now, as the end of a sentence; None: it can."""
+        return f"policy {self.policy} decides on the host which tokens stay"
+
+    @property
+    def steps_from(self) -> int:
+        """How many tokens go in otherwise, before the first step by a clock."""
+        return max(1, self.policy.leading, self._freeze_at if self.storage.warmup else 0)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, clock: Clock) -> Tensor:
+        """As `_segment` for one token, its place read from the device."""
+        raise NotImplementedError(self.lacks_step())
+
+    def make_room(self) -> None:  # noqa: B027  only what grows has any to make
+        """Allots the slot that the next token takes."""
+
     @abstractmethod
     def _cut(self, start: int) -> int:
         """Where a segment that starts at stream position `start` must end at the latest."""
@@ -123,6 +143,8 @@ class Lane(ABC):
         un-rotated; returns the shape of `q`.
         """
         outs, done, m = [], 0, q.shape[2]
+        if call.clock is not None:
+            return self._step(q, k, v, call, call.clock)
         if m == 1:
             return self._segment(q, k, v, call)
         while done < m:

@@ -29,11 +29,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attnspan.cache.clock import Clock
 from attnspan.cache.lane import SEGMENT, Call, Lane
 from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
-from attnspan.dispatch import attend, reads_stored
+from attnspan.dispatch import append, attend, reads_stored
 from attnspan.kernels.view import KVView, Part, RawPart
+from attnspan.positions import Rope
 
 _GROWTH = 256
 
@@ -174,6 +176,95 @@ class RingLane(Lane):
         self._advance(stored)
         return out
 
+    def lacks_step(self) -> str | None:
+        if self.spec.depends_on_length:
+            return "the model's rotary frequencies change with the length of what is held"
+        if self.seen < self.steps_from:
+            return f"the first {self.steps_from} tokens go in otherwise, and {self.seen} are in"
+        return None
+
+    def make_room(self) -> None:
+        if self.slots is None:
+            self._grow(self.front + self.seen - self.span.sinks + 1)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, clock: Clock) -> Tensor:
+        sinks, slots, front = self.span.sinks, self.slots, self.front
+        tables, rope = call.tables, self.spec.rope
+        size = self.fields["key"].shape[2]
+        mine = (self.span, slots, front, size)
+
+        def place() -> tuple[Tensor, ...]:
+            length = clock.length(sinks, slots, front).expand(self.batch).contiguous()
+            return clock.slot(sinks, slots, front), length
+
+        slot, length = tables.get(("step", *mine, self.batch), place)
+        angles = turned = None
+        if rope is not None:
+            angles = self._angles_at(rope, clock.position, "position", q, tables)
+            if not self.late:
+                turned = append(q, k, v, self.fields, slot, angles)
+        if turned is None:
+            turned, stored = q, k
+            if rope is not None and angles is not None:
+                turned = rope.turn(q, *angles)
+                stored = k if self.late else rope.turn(k, *angles)
+            for name, x in self._encode(stored, v).items():
+                self.fields[name].index_copy_(2, slot, x)
+        sink_key = self._sinks_at(clock, tables) if sinks else None
+        if front and sink_key is not None:
+            self.fields["key"][:, :, :front] = sink_key
+        mask = self._block_mask(clock, q, tables) if self.span.block > 1 else None
+        places = None
+        if self.late and rope is not None:
+            positions = clock.positions(sinks, slots, size)
+            places = self._angles_at(rope, positions, ("slots", *mine), q, tables)
+        parts: list[Part | RawPart] = []
+        if sink_key is not None and not front:
+            parts.append(Part(turned, sink_key, self._sink_value))
+        if reads_stored(q, self.spec.num_kv_heads):
+            parts.append(RawPart(turned, self._stored(self.fields, places), mask, length))
+        else:
+            key, value = self._decode(self.fields)
+            key = key if places is None or rope is None else rope.turn(key, *places)
+            parts.append(Part(turned, key, value, mask, length))
+        return self._attend(tuple(parts), call)
+
+    def _angles_at(
+        self, rope: Rope, positions: Tensor, name: object, like: Tensor, tables: Tables
+    ) -> tuple[Tensor, Tensor]:
+        """What `rope.turn` takes for positions that the device knows, the same for all layers."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        key = ("clock", name, id(rope), wide)
+        cos, sin = tables.get(key, lambda: rope.spread(positions, 1, wide))
+        return cos, sin
+
+    def _sinks_at(self, clock: Clock, tables: Tables) -> Tensor:
+        """As `_turned_sinks`."""
+        rope, sink_key, span = self.spec.rope, self.extra["sink_key"], self.span
+        if rope is None or (span.window is None and not self.late):
+            return sink_key
+        wide = torch.promote_types(sink_key.dtype, torch.float32)
+
+        def make() -> tuple[Tensor, Tensor]:
+            shift = clock.least(span.sinks, span.window, span.block) - span.sinks
+            if self.late:
+                shift = shift + torch.arange(span.sinks, device=shift.device)
+            return rope.spread(shift, 1, wide, scaled=self.late)
+
+        return rope.turn(sink_key, *tables.get(("sinks", span, id(rope), wide, self.late), make))
+
+    def _block_mask(self, clock: Clock, like: Tensor, tables: Tables) -> Tensor:
+        """What the query sees where a policy decides every few tokens, additive `(1, slots)`."""
+        span, size = self.span, self.fields["key"].shape[2] - self.front
+
+        def make() -> tuple[Tensor]:
+            positions = clock.positions(span.sinks, self.slots, size)
+            seen = positions >= clock.least(span.sinks, span.window, span.block)
+            mask = torch.where(seen, 0.0, -torch.inf).to(like.dtype)[None]
+            return (torch.nn.functional.pad(mask, (self.front, 0)),)
+
+        return tables.get(("seen", span, self.slots, self.front, size, like.dtype), make)[0]
+
     def _first(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Takes in tokens that are sinks themselves."""
         start, m, tables = self.seen, q.shape[2], call.tables
@@ -232,7 +323,11 @@ class RingLane(Lane):
 
     def _attend(self, parts: tuple[Part | RawPart, ...], call: Call) -> Tensor:
         out, _ = attend(
-            KVView(parts), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits
+            KVView(parts),
+            scale=call.scale,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+            counters=None if call.clock is None else call.clock.counters,
         )
         return out
 

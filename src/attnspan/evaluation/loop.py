@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnspan.evaluation.score import Score, token_nll
 from attnspan.evaluation.text import Place
+from attnspan.models import StepGraph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +61,9 @@ class Stream:
         chunk: tokens a step.
         seed: of the random numbers that `generate` draws.
         watch: token numbers, ascending, counted from 1, whose nll is kept in `watched`.
+        graphs: whether steps of one token are replayed from a CUDA graph, as `models.StepGraph`
+            says; where that can't be, the first such step raises its sentence. Longer steps, and
+            the few tokens before one can be captured, go through the model.
 
     Attributes:
         score: the sums so far.
@@ -79,6 +83,7 @@ class Stream:
         chunk: int = CHUNK,
         seed: int = 0,
         watch: Sequence[int] = (),
+        graphs: bool = False,
     ) -> None:
         for name, value in (("limit", limit), ("chunk", chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -93,6 +98,8 @@ class Stream:
         self.seconds = 0.0
         self.random = torch.Generator().manual_seed(seed)
         self.watched: list[float] = []
+        self.graphs = graphs
+        self._step: StepGraph | None = None
         self._watch = watch
         self._vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
@@ -137,6 +144,10 @@ class Stream:
                 f"the tokenizer gave id {max(ids)}; the model has {self._vocabulary} embeddings "
                 "only, so they don't belong together"
             )
+        if self.graphs and len(ids) == 1 and self.cache.tokens_seen >= self.cache.steps_from:
+            if self._step is None:
+                self._step = StepGraph(self.model, self.cache)
+            return self._step(ids[0])
         with torch.inference_mode():
             input_ids = torch.tensor([ids], device=self.model.device)
             output = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True)

@@ -43,6 +43,7 @@ def stream_text(
     chunk: int = CHUNK,
     seed: int = 0,
     generate: int = 0,
+    graphs: bool = False,
     save_to: Path | None = None,
     save_every: int = SAVE_EVERY,
     resume_from: Path | None = None,
@@ -62,6 +63,8 @@ def stream_text(
         chunk: tokens that go through the model at once.
         seed: of the continuation.
         generate: how many tokens the text is continued with.
+        graphs: steps of one token, so with `chunk=1` all and else the continuation's, are replayed
+            from a CUDA graph; what can't be captured is refused.
         save_to: the folder of a snapshot, written every `save_every` tokens and at the end. One
             that holds a snapshot already must be `resume_from`.
         resume_from: the folder of the snapshot to go on from.
@@ -99,6 +102,7 @@ def stream_text(
         assert save_to is not None
         saving.save(stream, save_to, identity)
 
+    stream.graphs = graphs
     with attach(model):
         run(stream, report, save if save_to is not None else None, save_every)
         stopped = stream.score.tokens == most and most != limit

@@ -81,8 +81,8 @@ def decode(
     """Attention of a view's few queries over all its parts, keys and values read as stored.
 
     Args:
-        view: what a cache holds; angles in float32. In a captured graph, slots that hold nothing
-            yet are to be masked.
+        view: what a cache holds; angles in float32. A part's `length` may be any number up to its
+            keys, zero included.
         scale: factor of the scores.
         softcap: as in `attnspan.attention`.
         sink_logits: as in `attnspan.attention`.
@@ -98,6 +98,8 @@ def decode(
         and minus infinity (with a sink logit: that logit).
     """
     pieces = [_piece(part) for part in view.parts]
+    if return_received and len(pieces) > 1 and any(x.lengths is not None for x in pieces):
+        raise ValueError("what keys received is given of one part with a length, not of several")
     return _attend(pieces, scale, softcap, sink_logits, return_received, counters)
 
 
@@ -140,12 +142,12 @@ def decode_rows(
         As `decode`; what was received is `(batch, Hkv, slots)` in float32, or None.
     """
     if key_scale is None or value_scale is None:
-        piece = _Piece(q, "dense", {"key": key, "value": value})
+        piece = _Piece(q, "dense", {"key": key, "value": value}, lengths=lengths)
     else:
         fields = {"key": key, "value": value, "key_scale": key_scale, "value_scale": value_scale}
-        piece = _Piece(q, "int8", fields)
+        piece = _Piece(q, "int8", fields, lengths=lengths)
     out, lse, scores = _attend(
-        [piece], scale, softcap, sink_logits, return_received, counters, lengths, starts
+        [piece], scale, softcap, sink_logits, return_received, counters, starts
     )
     return out, lse, None if scores is None else scores[0]
 
@@ -161,6 +163,7 @@ class _Piece:
     mean: Tensor | None = None
     group: int = 0
     angles: Angles | None = None
+    lengths: Tensor | None = None
 
     @property
     def keys(self) -> int:
@@ -206,9 +209,19 @@ class _Piece:
 
 def _piece(part: Part | RawPart) -> _Piece:
     if isinstance(part, Part):
-        return _Piece(part.query, "dense", {"key": part.key, "value": part.value}, part.mask)
+        fields = {"key": part.key, "value": part.value}
+        return _Piece(part.query, "dense", fields, part.mask, lengths=part.length)
     held: Stored = part.stored
-    return _Piece(part.query, held.kind, held.fields, part.mask, held.mean, held.group, held.angles)
+    return _Piece(
+        part.query,
+        held.kind,
+        held.fields,
+        part.mask,
+        held.mean,
+        held.group,
+        held.angles,
+        part.length,
+    )
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -257,7 +270,6 @@ def _attend(
     sink_logits: Tensor | None,
     return_received: bool,
     counters: Tensor | None,
-    lengths: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
     from attnspan.kernels import gpu_decode_turned
@@ -293,7 +305,6 @@ def _attend(
         and runs * rows <= _MERGED_ROWS
     )
     shared = {
-        "lengths": lengths,
         "starts": starts,
         "part": part,
         "stats": stats,
@@ -313,6 +324,7 @@ def _attend(
         for piece, count, at_once in zip(some, counts, together, strict=True):
             last = single and piece is some[-1]
             options = {**shared, "n": piece.keys, "first_run": first_run, "scores_first": first_key}
+            options["lengths"] = piece.lengths
             if piece.is_plain:
                 options |= {**end, "counters": counters if last else None}
                 _stored(piece, (count, pairs), rows, options)
@@ -331,8 +343,8 @@ def _attend(
             finish[(pairs, rows * (width // channels) + chunks)](
                 **end,
                 **{name: shared[name] for name in ("part", "stats", "scores", "runs", "kv_heads")},
-                **{name: shared[name] for name in ("lengths", "starts")},
-                **{name: shared[name] for name in ("M", "G", "D")},
+                **{name: shared[name] for name in ("starts", "M", "G", "D")},
+                lengths=pieces[0].lengths,  # asked for by what keys received, of one piece only
                 received=received,
                 n=keys,
                 PADDED=_power_of_two(rows),

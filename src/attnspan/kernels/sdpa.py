@@ -92,6 +92,8 @@ def partial(
     `bias` is additive, `(n, m)`, in the dtype of `q`; every query must see a key.
     """
     if bias is not None:
+        if bias.device.type != "cpu" and bias.stride(0) * bias.element_size() % 16:
+            bias = F.pad(bias, (0, -bias.shape[1] % 8))[:, : bias.shape[1]]
         bias = bias.expand(1, 1, *bias.shape)
     if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
         return _forward(q, k, v, None, bias, None, False, scale)

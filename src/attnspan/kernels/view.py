@@ -48,12 +48,16 @@ class Part:
         key: `(batch, num_kv_heads, n, head_dim)`, rotated.
         value: `(batch, num_kv_heads, n, head_dim)`.
         mask: None where every query sees every key, else additive, 0 or minus infinity, `(m, n)`.
+        length: int32 `(batch,)` on the device: of each row, only so many of the first keys are
+            there. None: all of them. Read when the attention runs, so a captured graph goes with
+            a cache that fills.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
+    length: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class RawPart:
     query: Tensor
     stored: Stored
     mask: Tensor | None = None
+    length: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from attnspan.models.attach import attach
 from attnspan.models.cache import Cache
+from attnspan.models.step import StepGraph
 
-__all__ = ["Cache", "attach"]
+__all__ = ["Cache", "StepGraph", "attach"]

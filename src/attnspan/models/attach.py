@@ -228,6 +228,10 @@ class _Attachment:
             kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         )
         batch, width = whole.shape[:2]
+        if cache.clock is not None:
+            if width != 1:
+                raise ValueError(f"a step by a clock takes one token a row, not {width}")
+            return self._stepped(lambda: forward(**kwargs), cache)
         new = cache.new_tokens(batch, width, kwargs.pop("attention_mask", None))
         self._check_positions(kwargs.pop("position_ids", None), cache, new, batch, width)
         cache.begin(batch, width, new)
@@ -243,6 +247,17 @@ class _Attachment:
             cache.end(failed)
             self.cache = None
         return result
+
+    def _stepped(self, forward: Callable[[], Any], cache: Cache) -> Any:
+        """One forward whose place the cache's clock knows; the cache counts nothing."""
+        self.cache, self.turned = cache, False
+        try:
+            # Compiled layers leave it to itself: what it reads of a cache is no constant of them.
+            attend: Any = torch.compiler.disable(self._attend)
+            with self.interface.diverted(attend, self.unrotated):
+                return forward()
+        finally:
+            self.cache = None
 
     def _check_positions(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
 
+from attnspan.cache.clock import Clock
 from attnspan.cache.lane import Call
 from attnspan.cache.layer import LayerCache, Span
 from attnspan.cache.storage import Dense, Storage
@@ -91,6 +94,7 @@ class Cache(TransformersCache):
         self.peak_bytes = 0
         self.peak_tokens_held = 0
         self.broken = False
+        self.clock: Clock | None = None
 
     def _empty(self, limit: int | None = None) -> list[LayerCache]:
         return [
@@ -225,7 +229,7 @@ class Cache(TransformersCache):
     @property
     def in_step(self) -> bool:
         """Whether the forward under way may leave rotation to the model: no row is padded."""
-        return self._by_place and self.seen == [self.columns]
+        return self._by_place and self.seen == [self.columns] and self.clock is None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """Layer `layer`'s attention over what its policy holds and the new keys and values."""
@@ -234,7 +238,58 @@ class Cache(TransformersCache):
         cache = self.caches[layer]
         if not cache.lanes:
             cache.start([len(r) for r in self.rows], k.dtype, k.device)
-        return cache.attend(q, k, v, self.spans, Call(self.tables, **call))
+        return cache.attend(q, k, v, self.spans, Call(self.tables, clock=self.clock, **call))
+
+    # Steps whose place the device knows -----------------------------------------------------------
+
+    def lacks_step(self) -> str | None:
+        """Why no step can be taken by a clock now, as the end of a sentence; None: it can."""
+        if self.broken:
+            return "the cache was left half-updated by a failed forward"
+        if not self.rows:
+            return "the cache is empty: feed the first tokens through the model"
+        if len(self.rows) > 1 or self.seen != [self.columns]:
+            return "rows of its batch are padded, and don't go in step"
+        if self.rollback:
+            return f"the cache keeps what undoing {self.rollback} tokens needs (rollback)"
+        lacks = (lane.lacks_step() for cache in self.caches for lane in cache.lanes)
+        return next((lack for lack in lacks if lack), None)
+
+    @property
+    def steps_from(self) -> int:
+        """How many tokens must have gone by before steps by a clock: sinks, and learned means."""
+        lanes = [lane for cache in self.caches for lane in cache.lanes]
+        return max((lane.steps_from for lane in lanes), default=1)
+
+    @contextmanager
+    def clocked(self, clock: Clock) -> Iterator[None]:
+        """Inside, a forward is a step of one token for each row at the place that `clock` knows.
+
+        It writes keys and values and counts nothing: `count_step` does, once for each step taken.
+
+        Raises:
+            ValueError: when `lacks_step` says why not.
+        """
+        if (lack := self.lacks_step()) is not None:
+            raise ValueError(f"no step can be taken by a clock: {lack}")
+        for cache in self.caches:
+            for lane in cache.lanes:
+                lane.make_room()
+        self.tables.clear()
+        self.clock, self.spans = clock, [Span(0, None, 0, 1)]
+        try:
+            yield
+        finally:
+            self.clock = self.spans = None
+            self.tables.clear()
+
+    def count_step(self) -> None:
+        """Counts one token for each row, which a step by a clock has taken in."""
+        self.begin(self.batch_size, 1, None)
+        for cache in self.caches:
+            for lane in cache.lanes:
+                lane.seen += 1
+        self.end(failed=False)
 
     def end(self, failed: bool) -> None:
         """Closes a forward."""
@@ -267,13 +322,7 @@ class Cache(TransformersCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Marks the keys for the attention, which takes them in: only it sees the queries."""
-        if self.spans is None:
-            raise RuntimeError(
-                "this attnspan.Cache met a model that is not attached: "
-                "call it inside `with attnspan.attach(model):`"
-            )
-        key_states.attnspan_layer = layer_idx  # type: ignore[attr-defined]
-        return key_states, value_states
+        return _marked(self, key_states, layer_idx), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that went by, padding included; never the slots held."""
@@ -437,6 +486,20 @@ class Cache(TransformersCache):
             setattr(self, name, meta[name])
         self.runs = [[(a, b) for a, b in lane] for lane in self.runs]
         self._check_budget(self.batch_size if self.rows else 1)
+
+
+def _mark(cache: Cache, key_states: Tensor, layer_idx: int) -> Tensor:
+    if cache.spans is None:
+        raise RuntimeError(
+            "this attnspan.Cache met a model that is not attached: "
+            "call it inside `with attnspan.attach(model):`"
+        )
+    key_states.attnspan_layer = layer_idx  # type: ignore[attr-defined]
+    return key_states
+
+
+# Compiled layers leave it to itself: a layer's number and a cache's state are no constants of them.
+_marked: Any = torch.compiler.disable(_mark)
 
 
 class _Layer(CacheLayerMixin):
