@@ -46,7 +46,7 @@ def _hopper(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
                 form = f"{'guess' if guess else 'redo'}, ranges={ranges}, D={width}"
                 yield f"`hopper` forward, {form}", made.asm["cubin"], made.metadata.shared
     for width in (128, 64):
-        for ranges, ordered in ((1, True), (2, False)):
+        for ranges, ordered in ((1, False), (1, True), (2, False)):
             if nvrtc.lack():
                 continue
             options = hopper_backward.options(width, BF16, ranges, ordered)

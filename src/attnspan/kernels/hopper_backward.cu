@@ -7,9 +7,10 @@
 // dQ = dS K, whose parts are added up in global memory by bulk reductions.
 //
 // Two warpgroups compute, 64 keys each. Of a third, one thread loads, one warp adds up dQ, and two
-// turn finished rows of dQ into the result. Those fp32 sums lie in a ring of tiles that is only as
+// turn final rows of dQ into the result. Those fp32 sums lie in a ring of tiles that is only as
 // long as the keys in flight and their windows need: items are taken in rising order, so the sums
-// of a tile are final once the items that see it are done, and its place is free again.
+// of a tile are final once the items that see it are done, and its place is free again. Parts are
+// counted when an item is through with a head; in an order, each one before the next is added.
 //
 // Set by the compiler's options: HEAD_DIM 64 or 128, IS_BF16, RANGES (of keys a query sees),
 // ORDERED (parts of dQ are added in one order), SHARED_BYTES.
@@ -447,10 +448,11 @@ __device__ __forceinline__ int2 parts(const int* row_ptr, const int4* rows, int 
     return count;
 }
 
-// Parts of dQ that this thread has added are in memory: they may be counted.
-__device__ __forceinline__ void publish() {
+// A part of dQ that this thread has added is in memory.
+__device__ __forceinline__ void count_part(int* state) {
     fence_global();
     __threadfence();
+    atomicAdd(state, 1);
 }
 
 __device__ void add_up(const Params& p, Shared& sh, int lane) {
@@ -512,8 +514,7 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                                 // The tile before has had time to reach memory.
                                 if (unsettled) {
                                     adds_done<2>();
-                                    publish();
-                                    atomicAdd(unsettled, 1);
+                                    count_part(unsettled);
                                 }
                                 unsettled = state - j * heads;
                             }
@@ -524,12 +525,13 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                 }
             }
             if (!ORDERED) {
-                // A fence for each tile would take longer than its products.
+                // Not for each tile: a fence takes a good part of the time of its products.
                 if (lane == 0) {
                     adds_done<0>();
-                    publish();
+                    fence_global();
                 }
                 __syncwarp();
+                __threadfence();
 #pragma unroll 1
                 for (int r = first; r < last; r++) {
                     const int4 range = p.columns[r];
@@ -542,8 +544,7 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
         // Not later: other blocks may wait for it while this one waits within its next item.
         if (ORDERED && unsettled) {
             adds_done<0>();
-            publish();
-            atomicAdd(unsettled, 1);
+            count_part(unsettled);
         }
         __syncwarp();
     }

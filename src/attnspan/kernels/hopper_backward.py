@@ -88,8 +88,8 @@ def backward(
         lse: float32 `(batch, Hq, n)`, natural logarithm, minus infinity where a row sees nothing.
         lists: which query sees which key.
         scale: what the products of queries and keys are multiplied by.
-        deterministic: add the parts of dQ in one order, so that repeats are equal bit by bit. dK
-            and dV always are.
+        deterministic: add the parts of dQ in one order, so that repeats are equal bit by bit, at a
+            seventh more time. dK and dV always are.
 
     Returns:
         dq, dk, dv, with the shapes and the dtype of q, k and v.
