@@ -28,6 +28,7 @@ from attnspan.positions import Rope
 
 PEERLESS = (*OURS, "sdpa")  # called through our front door
 _WARM = 128 << 20  # bytes of inputs to go through before any is read again: over twice the L2
+_ALONE = 1 << 30  # bytes of one input that drive themselves out of the L2
 _MEAN = 64  # tokens from which int4 learns the means of its keys
 
 Call = Callable[[], Any]
@@ -153,7 +154,7 @@ def _decode(case: Case, contender: str, row: Row, check: bool) -> tuple[Call, in
     if stored is not None:
         token = stored.bytes_per_token(case.head_dim, torch.float16)
     row.work = float(case.batch * KV_HEADS * case.n * token)
-    sets = max(2, math.ceil(_WARM / row.work) + 1) if row.work < _WARM else 1
+    sets = math.ceil(_WARM / row.work) + (row.work < _ALONE)
     make = torch.Generator("cuda").manual_seed(0)
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": make}
     counters = torch.zeros(case.batch * KV_HEADS, dtype=torch.int32, device="cuda")

@@ -50,7 +50,7 @@ LONGFORMER, STRIDED = Longformer(1024, 64), Strided(1024, 128)
 FA4, BOTH, FLEX = (*OURS, "fa4"), (*OURS, "fa4", "flex"), (*OURS, "flex")
 DENSE = (*OURS, "fa4", "cudnn", "flash", "sdpa")
 SCORES = ("ours", "ours, scores")
-DECODERS = (*SCORES, "ours, int8", *peers.DECODE)
+DECODERS = (*SCORES, "ours, int8", *peers.DECODE[:4])
 CASES = (
     Case("forward", W4, 32 * K, (*BOTH, "flash", "received"), lse=True),
     Case("forward", W1, 32 * K, (*BOTH, "flash"), lse=True),
@@ -72,13 +72,23 @@ CASES = (
     Case("decode", None, 4 * K, DECODERS),
     Case("decode", None, 64 * K, (*DECODERS, "ours, int4")),
     Case("decode", None, K * K, DECODERS),
-    Case("decode", None, 4 * K, (*SCORES, "ours, int8", *peers.DECODE[:4]), batch=32),
+    Case("decode", None, 4 * K, DECODERS, batch=32),
     Case("forward", Causal(), 8 * K, (*OURS, "fa4", "received", "received, eager"), lse=True),
     Case("forward", Causal(), 32 * K, DENSE),
     Case("backward", Causal(), 32 * K, DENSE),
 )
-# For the plot and for the choice of `auto`; measured more shortly.
+# For the choice of `auto` and for the plot; measured more shortly.
 SWEEP = (
+    Case("forward", Causal(), 32 * K, ("hopper", "fa4", "flash"), lse=True),
+    *(
+        Case(what, pattern, 32 * K, contenders, head_dim=64)
+        for what in ("forward", "backward")
+        for pattern, contenders in ((Causal(), DENSE), (W4, FA4))
+    ),
+    *(Case("backward", pattern, 32 * K, FLEX) for pattern in (STREAMING, LONGFORMER, STRIDED)),
+    Case("forward", STREAMING, 32 * K, FLEX, head_dim=64, lse=True),
+    Case("backward", STREAMING, 32 * K, FLEX, head_dim=64),
+    *(Case(what, Causal(), n * K, DENSE) for what in ("forward", "backward") for n in (1, 4)),
     *(Case("forward", pattern, 8 * K, (*FA4, "sdpa"), lse=True) for pattern in (W1, W4)),
     *(
         Case("forward", SlidingWindow(w), n * K, FA4, lse=True)
@@ -88,17 +98,7 @@ SWEEP = (
         )
     ),
     *(Case("backward", SlidingWindow(w), 32 * K, FA4) for w in (256, 512, 2048, 8192, 16384)),
-    *(Case("decode", None, n * K, (*SCORES, "ours, int8", "cudnn")) for n in (16, 256)),
-    *(Case("backward", pattern, 32 * K, FLEX) for pattern in (STREAMING, LONGFORMER, STRIDED)),
-    Case("forward", Causal(), 32 * K, ("hopper", "fa4", "flash"), lse=True),
-    Case("forward", STREAMING, 32 * K, FLEX, head_dim=64, lse=True),
-    Case("backward", STREAMING, 32 * K, FLEX, head_dim=64),
-    *(
-        Case(what, pattern, 32 * K, contenders, head_dim=64)
-        for what in ("forward", "backward")
-        for pattern, contenders in ((Causal(), DENSE), (W4, FA4))
-    ),
-    *(Case(what, Causal(), n * K, DENSE) for what in ("forward", "backward") for n in (1, 4)),
+    *(Case("decode", None, n * K, (*SCORES, "ours, int8", "cudnn", "fa4")) for n in (16, 256)),
 )
 
 

@@ -89,6 +89,13 @@ class Verdict:
         more = {"by": by[0], "beside": by[1], "value": self.value, "verdict": self.level}
         return {**asdict(self.goal), **more}
 
+    @property
+    def faster(self) -> str:
+        """Of a speed, who is the faster one, which is what `auto` takes where it is installed."""
+        if self.goal.kind != "speed" or self.ours is None or self.theirs is None:
+            return ""
+        return min(self.ours, self.theirs, key=lambda row: row.median).contender
+
 
 def judged(rows: list[Row]) -> list[Verdict]:
     done = {(row.case, row.contender): row for row in rows if row.seconds}
@@ -129,7 +136,7 @@ def table(rows: list[Row]) -> str:
 
 def goals_table(verdicts: list[Verdict]) -> str:
     """For a terminal and for a document alike: Markdown, its columns in line."""
-    head = ("goal", "ours", "", "error", "peer", "there", "value", "must", "aim", "")
+    head = ("goal", "ours", "", "error", "peer", "there", "value", "must", "aim", "", "faster")
     lines = [head, *(_cells(v) for v in verdicts)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     texts = [" | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
@@ -145,7 +152,7 @@ def _cells(v: Verdict) -> tuple[str, ...]:
     error = "" if v.ours is None or v.ours.error is None else f"{v.ours.error:.1e}"
     by, beside = ("" if row is None else row.contender for row in (v.ours, v.theirs))
     must, aim = (f"{x:g}" for x in (v.goal.must, v.goal.aim))
-    return v.goal.label, ours, by, error, beside, theirs, value, must, aim, v.level
+    return v.goal.label, ours, by, error, beside, theirs, value, must, aim, v.level, v.faster
 
 
 def _figure(row: Row | None, unit: str | None) -> str:
@@ -228,7 +235,7 @@ def summary_table(verdicts: list[Verdict]) -> str:
     lines = ["| | ours | peer | | |", "|---" * 5 + "|"]
     for v in verdicts:
         if "128K" not in v.goal.label or v.goal.theirs == ("flex",):
-            label, ours, _, _, beside, theirs, value, _, _, level = _cells(v)
+            label, ours, _, _, beside, theirs, value, _, _, level, _ = _cells(v)
             of = "" if v.goal.kind in ("rate", "us", "MiB") else value
             lines.append(f"| {label} | {ours} | {beside}: {theirs} | {of} | goal: {level} |")
     return "\n".join(lines)
