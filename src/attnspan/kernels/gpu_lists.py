@@ -70,11 +70,13 @@ class Walk(NamedTuple):
             8, 9: its other blocks are `masked[first : first + count]`;
             the rest is padding, to whole sectors of memory.
         masked: int32 `(blocks,)`: starts of blocks that are not full.
+        longest: how many tiles, of the first, have as many blocks as the first.
     """
 
     table: Tensor
     tiles: Tensor
     masked: Tensor
+    longest: int
 
 
 class _Hulls(NamedTuple):
@@ -151,10 +153,10 @@ class Lists:
         """
         key = "walk", tile_q, block, chunk
         if key not in self._made:
-            tiles, masked = _walk(_hulls(*self._host, tile_q), tile_q, block, chunk)
+            tiles, masked, longest = _walk(_hulls(*self._host, tile_q), tile_q, block, chunk)
             table = self._tensor(np.concatenate((tiles.ravel(), masked)))
             self._made[key] = Walk(
-                table, table[: tiles.size].view(tiles.shape), table[tiles.size :]
+                table, table[: tiles.size].view(tiles.shape), table[tiles.size :], longest
             )
         made = self._made[key]
         assert isinstance(made, Walk)
@@ -325,7 +327,7 @@ def _expanded(low: Ints, high: Ints) -> tuple[Ints, Ints]:
     return column[order], row[order]
 
 
-def _walk(hulls: _Hulls, tile_q: int, block: int, chunk: int) -> tuple[Ints, Ints]:
+def _walk(hulls: _Hulls, tile_q: int, block: int, chunk: int) -> tuple[Ints, Ints, int]:
     # Hulls a block apart: what a block covers beyond the end of one lies in no other.
     a, b, x, y = _merged(hulls, block)
     count, tiles = a.shape
@@ -414,7 +416,8 @@ def _walk(hulls: _Hulls, tile_q: int, block: int, chunk: int) -> tuple[Ints, Int
     # The longest first and of equals the last: a tail of short tiles leaves no processor idle.
     cost = full.sum(0) + others
     order = np.argsort(-cost[::-1], kind="stable")
-    return table[::-1][order], masked
+    longest = int((cost == cost.max(initial=0)).sum())
+    return table[::-1][order], masked, longest
 
 
 def _laid(starts: Ints, counts: Ints, block: int) -> tuple[Ints, Ints]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspan.kernels.gpu_lists import Lists
+from attnspan.kernels.gpu_lists import Lists, Walk
 
 _BLOCK = 128  # keys
 _LOG2_E = 1.4426950408889634
@@ -89,7 +89,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
         lists.bounds,
         lse,
     )
-    numbers = n, count, tiles, scale * _LOG2_E
+    numbers = n, count, _side(walk, heads * batch), tiles, scale * _LOG2_E
     grid = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     kind = q.dtype, head_dim, groups, heads, len(lists.low)
     with torch.cuda.device(q.device):
@@ -202,6 +202,7 @@ def signature(
         "flags": "*i8" if guess else "*i64",
         "n": "i32",
         "count": "i32",
+        "side": "i32",
         "tiles": "i32",
         "c": "fp32",
     }
@@ -220,6 +221,15 @@ def signature(
     names = list(types)
     places = {(names.index(key),): value for key, value in constants.items()}
     return types, places, {"num_warps": 4, "maxnreg": 168}
+
+
+def _side(walk: Walk, heads: int) -> int:
+    """How many of the batch's KV heads run side by side.
+
+    Few, so that their keys stay in the L2; but tiles of other lengths are spread evenly only if
+    they go from the longest to the shortest once, of all heads.
+    """
+    return 2 if heads % 2 == 0 and walk.longest * 4 >= len(walk.tiles) * 3 else heads
 
 
 def _chunk(groups: int) -> int:

@@ -69,6 +69,57 @@ _ANY = gl.constexpr(
 )
 
 
+def _select_asm(count: int) -> str:
+    """Keeps those of a thread's scores whose bit is set in their row's word, the rest become minus
+    infinity. One test a score with a bit known here: ptxas makes predicates of seven at a time."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 x;"]
+    for i in range(count):
+        lines += [
+            f"and.b32 x, ${2 * count + (i & 2)}, {1 << (2 * (i >> 2) + (i & 1))};",
+            "setp.ne.u32 p, x, 0;",
+            f"selp.f32 ${i}, ${i}, 0fFF800000, p;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+def _select_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * count)
+
+
+_SELECT_8 = gl.constexpr(_select_asm(8))
+_SELECT_16 = gl.constexpr(_select_asm(16))
+_SELECT_32 = gl.constexpr(_select_asm(32))
+_SELECT_64 = gl.constexpr(_select_asm(64))
+_SELECT_8_CONSTRAINTS = gl.constexpr(_select_constraints(8))
+_SELECT_16_CONSTRAINTS = gl.constexpr(_select_constraints(16))
+_SELECT_32_CONSTRAINTS = gl.constexpr(_select_constraints(32))
+_SELECT_64_CONSTRAINTS = gl.constexpr(_select_constraints(64))
+
+
+@gluon.jit
+def _selected(scores, words):
+    if scores.shape[1] == 128:
+        return gl.inline_asm_elementwise(
+            _SELECT_64, _SELECT_64_CONSTRAINTS, [scores, words],
+            dtype=gl.float32, is_pure=True, pack=64,
+        )  # fmt: skip
+    elif scores.shape[1] == 64:
+        return gl.inline_asm_elementwise(
+            _SELECT_32, _SELECT_32_CONSTRAINTS, [scores, words],
+            dtype=gl.float32, is_pure=True, pack=32,
+        )  # fmt: skip
+    elif scores.shape[1] == 32:
+        return gl.inline_asm_elementwise(
+            _SELECT_16, _SELECT_16_CONSTRAINTS, [scores, words],
+            dtype=gl.float32, is_pure=True, pack=16,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            _SELECT_8, _SELECT_8_CONSTRAINTS, [scores, words],
+            dtype=gl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+
+
 @gluon.jit
 def _rescaled(acc, factor, D: gl.constexpr):
     if D == 64:
@@ -116,26 +167,22 @@ def _tile(turn):
 
 
 @gluon.jit
-def _entry(table, tile, count, HEADS: gl.constexpr):
-    """Where a tile's entry of the walk starts: heads are innermost, batches outermost."""
-    return table + (tile // HEADS % count) * _COLUMNS
+def _place(tile, count, side):
+    """Which of the walk's tiles, and of the batch's KV heads, a tile is: `side` heads run side by
+    side, tile by tile, then the next ones."""
+    turn = tile // side
+    group = turn // count
+    return turn - group * count, group * side + (tile - turn * side)
 
 
 @gluon.jit
-def _q_start(table, tile, count, tiles, HEADS: gl.constexpr):
-    return gl.load(_entry(table, tile, count, HEADS), mask=tile < tiles, other=0)
-
-
-@gluon.jit
-def _plan(table, ranges, n, tile, count, tiles, q_start, C: gl.constexpr, K: gl.constexpr,
-          HEADS: gl.constexpr, G: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
+def _plan(table, ranges, n, entry, live, count, q_start, C: gl.constexpr, K: gl.constexpr,
+          G: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
     """What consumer C needs of a tile's entry, and the ranges of keys that its rows see.
 
     No load waits for another one: `q_start` was loaded before.
     """
     q_start += C * (64 // G)
-    entry = _entry(table, tile, count, HEADS)
-    live = tile < tiles
     chunk_start = gl.load(entry + 1, mask=live, other=0)
     first = gl.load(entry + 2, mask=live, other=0)
     first_masked = gl.load(entry + 3, mask=live, other=0)
@@ -153,15 +200,37 @@ def _plan(table, ranges, n, tile, count, tiles, q_start, C: gl.constexpr, K: gl.
 
 
 @gluon.jit
+def _bits_from(column, offset):
+    """Bits of those of a thread's columns that are `column` or later; of 8 it has `offset` and
+    the next."""
+    after = gl.maximum(column - offset, 0)
+    count = 2 * (after >> 3) + gl.minimum(after & 7, 2)
+    # As PTX has it a shift by 32 or more leaves nothing; to LLVM it is undefined.
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, -1, $1;", "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _masked(scores, start, bounds, K: gl.constexpr, L: gl.constexpr):
-    """Scores of the keys from `start` on, minus infinity where the row doesn't see the key."""
-    j = start + gl.arange(0, scores.shape[1], gl.SliceLayout(0, L))[None, :]
-    seen = (j < 0) & (j > 0)
+    """Scores of the keys from `start` on, minus infinity where the row doesn't see the key.
+
+    What a thread sees of a row's columns is a word of bits: then a range costs a dozen
+    instructions a row, and a score little more than one.
+    """
+    EIGHTHS: gl.constexpr = scores.shape[1] // 8
+    PARTS: gl.constexpr = gl.reshape(scores, [64, EIGHTHS, 4, 2]).type.layout
+    WORDS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, PARTS))
+    offset = 2 * gl.arange(0, 4, gl.SliceLayout(0, WORDS))[None, :]
+    words = gl.zeros([64, 4], gl.int32, WORDS)
     for k in gl.static_range(K):
-        first = gl.convert_layout(bounds[2 * k], gl.SliceLayout(1, L))[:, None]
-        stop = gl.convert_layout(bounds[2 * k + 1], gl.SliceLayout(1, L))[:, None]
-        seen = seen | ((j >= first) & (j < stop))
-    return gl.where(seen, scores, -float("inf"))
+        first = gl.convert_layout(bounds[2 * k], gl.SliceLayout(1, WORDS))[:, None] - start
+        stop = gl.convert_layout(bounds[2 * k + 1], gl.SliceLayout(1, WORDS))[:, None] - start
+        words = words | (_bits_from(first, offset) & ~_bits_from(stop, offset))
+    words = gl.expand_dims(gl.expand_dims(words, 1), 3)
+    words, _ = gl.broadcast(words, gl.zeros([64, EIGHTHS, 4, 2], gl.int32, PARTS))
+    words = gl.convert_layout(gl.reshape(words, [64, 8 * EIGHTHS]), L, assert_trivial=True)
+    return _selected(scores, words)
 
 
 @gluon.jit
@@ -190,6 +259,7 @@ def _load(
     table,
     flags,
     count,
+    side,
     tiles,
     HEADS: gl.constexpr,
     G: gl.constexpr,
@@ -201,26 +271,24 @@ def _load(
     i = 0
     u = 0
     tile, turn = _turn(gl.to_tensor(0), flags, tiles, REDO)
-    entry = _entry(table, tile, count, HEADS)
+    index, next_head = _place(tile, count, side)
+    entry = table + index * _COLUMNS
     q_start = gl.load(entry, mask=tile < tiles, other=0)
     masked_first = gl.load(entry + 8, mask=tile < tiles, other=0)
+    v_batch = gl.to_tensor(0)
+    v_head = gl.to_tensor(0)
+    v_start = gl.to_tensor(0)
     while tile < tiles:
-        head = tile % HEADS
-        batch = tile // (HEADS * count)
+        batch = next_head // HEADS
+        head = next_head % HEADS
         chunk_start = gl.load(entry + 1)
-        first = gl.load(entry + 2)
+        start = gl.load(entry + 2)
         run = gl.load(entry + 4)
         run_count = gl.load(entry + 5)
         run2 = gl.load(entry + 6)
         full_count = run_count + gl.load(entry + 7)
         blocks = 1 + full_count + gl.load(entry + 9)
         masked = table + count * _COLUMNS + masked_first
-        tile, turn = _turn(turn + 1, flags, tiles, REDO)
-        # One load of each sector of the next entry, now: then the others find it in the L1.
-        entry = _entry(table, tile, count, HEADS)
-        next_q_start = gl.load(entry, mask=tile < tiles, other=0)
-        masked_first = gl.load(entry + 8, mask=tile < tiles, other=0)
-        mbarrier.wait(chunk_empty, (u & 1) ^ 1)
         for c in gl.static_range(2):
             at = _slot(u) * 2 + c
             mbarrier.wait(q_empty.index(at), _phase(u) ^ 1)
@@ -231,28 +299,48 @@ def _load(
                 q_full.index(at),
                 q_s.index(at),
             )
-        mbarrier.expect(chunk_full, 2 * k_chunk_desc.block_type.nbytes)
-        place = [batch, head, chunk_start, 0]
-        tma.async_copy_global_to_shared(k_chunk_desc, place, chunk_full, k_chunk_s)
-        tma.async_copy_global_to_shared(v_chunk_desc, place, chunk_full, v_chunk_s)
+        tile, turn = _turn(turn + 1, flags, tiles, REDO)
+        # One load of each sector of the next entry, now: then the others find it in the L1.
+        index, next_head = _place(tile, count, side)
+        entry = table + index * _COLUMNS
+        q_start = gl.load(entry, mask=tile < tiles, other=0)
+        masked_first = gl.load(entry + 8, mask=tile < tiles, other=0)
         for b in range(blocks):
-            start = gl.where(b <= run_count, run - (b - 1) * 128, run2 - (b - 1 - run_count) * 128)
-            if b == 0:
-                start = first
-            if b > full_count:
-                start = gl.load(masked + (b - 1 - full_count))
+            if b > 0:
+                start = run - (b - 1) * 128
+                if b > run_count:
+                    start = run2 - (b - 1 - run_count) * 128
+                if b > full_count:
+                    start = gl.load(masked + (b - 1 - full_count))
             s = _slot(i)
-            phase = _phase(i) ^ 1
-            place = [batch, head, start, 0]
-            mbarrier.wait(k_empty.index(s), phase)
+            mbarrier.wait(k_empty.index(s), _phase(i) ^ 1)
             mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
+            place = [batch, head, start, 0]
             tma.async_copy_global_to_shared(k_desc, place, k_full.index(s), k_s.index(s))
-            mbarrier.wait(v_empty.index(s), phase)
-            mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, place, v_full.index(s), v_s.index(s))
+            # The values of the block before: their place is free later than that of these keys.
+            if i > 0:
+                t = _slot(i + 1)
+                mbarrier.wait(v_empty.index(t), _phase(i - 1) ^ 1)
+                mbarrier.expect(v_full.index(t), v_desc.block_type.nbytes)
+                v_place = [v_batch, v_head, v_start, 0]
+                tma.async_copy_global_to_shared(v_desc, v_place, v_full.index(t), v_s.index(t))
+            if b == 0:
+                mbarrier.wait(chunk_empty, (u & 1) ^ 1)
+                mbarrier.expect(chunk_full, 2 * k_chunk_desc.block_type.nbytes)
+                place = [batch, head, chunk_start, 0]
+                tma.async_copy_global_to_shared(k_chunk_desc, place, chunk_full, k_chunk_s)
+                tma.async_copy_global_to_shared(v_chunk_desc, place, chunk_full, v_chunk_s)
+                v_batch = batch
+                v_head = head
+            v_start = start
             i += 1
-        q_start = next_q_start
         u += 1
+    if i > 0:
+        t = _slot(i + 1)
+        mbarrier.wait(v_empty.index(t), _phase(i - 1) ^ 1)
+        mbarrier.expect(v_full.index(t), v_desc.block_type.nbytes)
+        v_place = [v_batch, v_head, v_start, 0]
+        tma.async_copy_global_to_shared(v_desc, v_place, v_full.index(t), v_s.index(t))
 
 
 @gluon.jit
@@ -271,36 +359,42 @@ def _chunk_qk(buffers, barriers, u, live, C: gl.constexpr, D: gl.constexpr, CHUN
 
 
 @gluon.jit
-def _first_qk(buffers, barriers, i, u, live, C: gl.constexpr, D: gl.constexpr, L: gl.constexpr,
-              SHARED: gl.constexpr):  # fmt: skip
-    """Starts QK of a tile's first block; where it isn't live, the result is rubbish."""
-    q_s, k_s, _, _, _ = buffers
+def _wait_for_qk(barriers, i, u, live, new, C: gl.constexpr):
+    """Waits for what QK of block i of tile u needs; that block is the tile's first where `new`."""
     q_full, _, k_full, _, _, _, _, _ = barriers
-    at = _slot(u) * 2 + C
-    s = _slot(i)
-    q = q_s.index(at)._reinterpret(q_s.dtype, [64, D], SHARED)
-    k = k_s.index(s)._reinterpret(q_s.dtype, [128, D], SHARED)
-    mbarrier.wait(q_full.index(at), _phase(u), pred=live)
-    mbarrier.wait(k_full.index(s), _phase(i), pred=live)
+    mbarrier.wait(q_full.index(_slot(u) * 2 + C), _phase(u), pred=live & new)
+    mbarrier.wait(k_full.index(_slot(i)), _phase(i), pred=live)
+
+
+@gluon.jit
+def _qk(buffers, i, u, C: gl.constexpr, D: gl.constexpr, L: gl.constexpr,
+        SHARED: gl.constexpr):  # fmt: skip
+    """Starts QK of block i, of tile u; where there is none, the result is rubbish."""
+    q_s, k_s, _, _, _ = buffers
+    q = q_s.index(_slot(u) * 2 + C)._reinterpret(q_s.dtype, [64, D], SHARED)
+    k = k_s.index(_slot(i))._reinterpret(q_s.dtype, [128, D], SHARED)
     zeros = gl.zeros([64, 128], gl.float32, L)
     return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _step(
-    q,
     buffers,
     barriers,
+    scores,
     acc,
     p,
     m,
     total,
     i,
-    more,
+    u,
+    last,
+    live,
     start,
     bounds,
     c,
     MASKED: gl.constexpr,
+    C: gl.constexpr,
     K: gl.constexpr,
     D: gl.constexpr,
     GUESS: gl.constexpr,
@@ -308,47 +402,46 @@ def _step(
     OL: gl.constexpr,
     SHARED: gl.constexpr,
 ):
-    """QK of block i + 1, PV of block i, and the softmax of i + 1."""
-    _, k_s, v_s, _, _ = buffers
-    _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
+    """PV of block i, the softmax of i + 1, whose scores are there, and QK of i + 2."""
+    _, _, v_s, _, _ = buffers
+    _, _, _, k_empty, v_full, v_empty, _, _ = barriers
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     s = _slot(i)
-    j = i + 1
-    t = _slot(j)
-    k = k_s.index(t)._reinterpret(q.dtype, [128, D], SHARED)
-    v = v_s.index(s)._reinterpret(q.dtype, [128, D], SHARED)
-    zeros = gl.zeros([64, 128], gl.float32, L)
-    scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(s), _phase(i))
-    # In float32 over the loop's edge, and converted under QK: cheaper than moving halves.
-    weights = gl.convert_layout(p.to(q.dtype), PL)
+    v = v_s.index(s)._reinterpret(v_s.dtype, [128, D], SHARED)
+    # In float32 over the loop's edge: cheaper than moving halves.
+    weights = gl.convert_layout(p.to(v_s.dtype), PL)
     acc = warpgroup_mma(weights, v, acc, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(k_empty.index(t), count=1)
+    live = live | (last == 0)
+    u += last.to(gl.int32)
+    _wait_for_qk(barriers, i + 2, u, live, last, C)
     if MASKED:
         scores = _masked(scores, start, bounds, K, L)
     if GUESS:
-        p = gl.exp2(scores * c - (m * c)[:, None])
-        total = total + _thread_sums(p, 128)
+        reference = m
+        factor = m
     else:
         highest = gl.max(scores, 1)
         # The old reference stays until a row outgrows it by 2**8: rescaling is rare.
         reference = gl.where((highest - m) * c > 8.0, highest, m)
         factor = gl.exp2((m - reference) * c)
-        p = gl.exp2(scores * c - (reference * c)[:, None])
-        sums = _thread_sums(p, 128)
-        total = (
-            total * gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
-        )
-        m = reference
-    # This wait is a basic block's edge, too: without one ptxas hoists the wait for PV over the
-    # exponentials.
-    mbarrier.wait(k_full.index(_slot(j + 1)), _phase(j + 1), pred=more)
-    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    m = reference
+    # Out of the registers that the next scores go to.
+    exponents = scores * c - (m * c)[:, None]
+    scores = _qk(buffers, i + 2, u, C, D, L, SHARED)
+    p = gl.exp2(exponents)
+    sums = _thread_sums(p, 128)
+    if not GUESS:
+        total = total * gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))[:, None]
+    total = total + sums
+    # This wait is a basic block's edge, too: without one ptxas hoists the wait for the products
+    # over the exponentials.
+    mbarrier.wait(v_full.index(_slot(i + 1)), _phase(i + 1))
+    acc, weights, scores = warpgroup_mma_wait(0, deps=[acc, weights, scores])
     mbarrier.arrive(v_empty.index(s), count=1)
+    mbarrier.arrive(k_empty.index(s), count=1, pred=live)
     if not GUESS:
         acc = _rescaled(acc, gl.convert_layout(factor, gl.SliceLayout(1, OL)), D)
-    return acc, p, m, total
+    return scores, acc, p, m, total
 
 
 @gluon.jit
@@ -362,6 +455,7 @@ def _attend(
     flags,
     n,
     count,
+    side,
     tiles,
     c,
     C: gl.constexpr,
@@ -384,18 +478,23 @@ def _attend(
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OL)
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     q_s, _, v_s, _, v_chunk_s = buffers
-    _, q_empty, k_full, k_empty, v_full, v_empty, _, chunk_empty = barriers
+    _, q_empty, _, k_empty, v_full, v_empty, _, chunk_empty = barriers
     # A wide chunk's scores beside a tile's end would not fit the registers.
     EARLY: gl.constexpr = CHUNK <= 32 or D == 64
     row = gl.arange(0, 64, ROWS)
     i = 0
     u = 0
     tile, turn = _turn(gl.to_tensor(0), flags, tiles, REDO)
-    next_q_start = _q_start(table, tile, count, tiles, HEADS)
-    plan = _plan(table, ranges, n, tile, count, tiles, next_q_start, C, K, HEADS, G, ROWS)
+    index, next_head = _place(tile, count, side)
+    entry = table + index * _COLUMNS
+    next_q_start = gl.load(entry, mask=tile < tiles, other=0)
+    plan = _plan(table, ranges, n, entry, tile < tiles, count, next_q_start, C, K, G, ROWS)
     if EARLY:
         chunk = _chunk_qk(buffers, barriers, u, tile < tiles, C, D, CHUNK, CL, SHARED)
-    scores = _first_qk(buffers, barriers, i, u, tile < tiles, C, D, L, SHARED)
+    _wait_for_qk(barriers, i, u, tile < tiles, True, C)
+    scores = _qk(buffers, i, u, C, D, L, SHARED)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_empty.index(_slot(i)), count=1, pred=tile < tiles)
     while tile < tiles:
         (
             q_start,
@@ -409,70 +508,77 @@ def _attend(
         ) = plan
         blocks = 1 + full_count + masked_count
         next_tile, turn = _turn(turn + 1, flags, tiles, REDO)
-        next_q_start = _q_start(table, next_tile, count, tiles, HEADS)
+        live = next_tile < tiles
+        batch = next_head // HEADS
+        head = next_head % HEADS
+        index, next_head = _place(next_tile, count, side)
+        entry = table + index * _COLUMNS
+        next_q_start = gl.load(entry, mask=live, other=0)
         if not EARLY:
             chunk = _chunk_qk(buffers, barriers, u, True, C, D, CHUNK, CL, SHARED)
         q_buffer = q_s.index(_slot(u) * 2 + C)
         q = q_buffer._reinterpret(q_s.dtype, [64, D], SHARED)
         v_chunk = v_chunk_s._reinterpret(q_s.dtype, [CHUNK, D], SHARED)
 
-        chunk, scores = warpgroup_mma_wait(0, deps=[chunk, scores])
-        mbarrier.arrive(k_empty.index(_slot(i)), count=1)
+        chunk = warpgroup_mma_wait(0, deps=[chunk])
+        # The store of the tile before has read its buffer by now: hand it back.
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(_slot(u + 1) * 2 + C), count=1, pred=u > 0)
+        last = blocks == 1
+        more = live | (blocks > 1)
+        _wait_for_qk(barriers, i + 1, u + last.to(gl.int32), more, last, C)
         chunk = _masked(chunk, chunk_start, bounds, K, CL)
         if first_masked != 0:
             scores = _masked(scores, first, bounds, K, L)
         m = gl.maximum(gl.convert_layout(gl.max(chunk, 1), ROWS), gl.max(scores, 1))
         m = gl.maximum(m, _NO_SCORE)
         shift = m * c
+        exponents = scores * c - shift[:, None]
+        scores = _qk(buffers, i + 1, u + last.to(gl.int32), C, D, L, SHARED)
         p_chunk = gl.exp2(chunk * c - gl.convert_layout(shift, CHUNK_ROWS)[:, None])
-        p = gl.exp2(scores * c - shift[:, None])
-        total = _thread_sums(p, 128)
-        total = total + gl.convert_layout(_thread_sums(p_chunk, CHUNK), total.type.layout)
         weights = gl.convert_layout(p_chunk.to(q_s.dtype), PL)
         zeros = gl.zeros([64, D], gl.float32, OL)
         acc = warpgroup_mma(weights, v_chunk, zeros, use_acc=False, is_async=True)
-        # The store of the tile before has read its buffer by now: hand it back.
-        tma.store_wait(0)
-        if u > 0:
-            mbarrier.arrive(q_empty.index(_slot(u + 1) * 2 + C), count=1)
-        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        p = gl.exp2(exponents)
+        total = _thread_sums(p, 128)
+        total = total + gl.convert_layout(_thread_sums(p_chunk, CHUNK), total.type.layout)
+        mbarrier.wait(v_full.index(_slot(i)), _phase(i))
+        acc, weights, scores = warpgroup_mma_wait(0, deps=[acc, weights, scores])
         mbarrier.arrive(chunk_empty, count=1)
-        mbarrier.wait(k_full.index(_slot(i + 1)), _phase(i + 1), pred=blocks > 1)
+        mbarrier.arrive(k_empty.index(_slot(i + 1)), count=1, pred=more)
 
         for b in range(1, 1 + full_count):
-            acc, p, m, total = _step(
-                q, buffers, barriers, acc, p, m, total, i, b + 1 < blocks, 0, bounds, c,
-                False, K, D, GUESS, L, OL, SHARED,
+            scores, acc, p, m, total = _step(
+                buffers, barriers, scores, acc, p, m, total, i, u, b + 1 == blocks, live,
+                0, bounds, c, False, C, K, D, GUESS, L, OL, SHARED,
             )  # fmt: skip
             i += 1
         for b in range(1 + full_count, blocks):
             start = gl.load(table + (masked_first + (b - 1 - full_count)))
-            acc, p, m, total = _step(
-                q, buffers, barriers, acc, p, m, total, i, b + 1 < blocks, start, bounds, c,
-                True, K, D, GUESS, L, OL, SHARED,
+            scores, acc, p, m, total = _step(
+                buffers, barriers, scores, acc, p, m, total, i, u, b + 1 == blocks, live,
+                start, bounds, c, True, C, K, D, GUESS, L, OL, SHARED,
             )  # fmt: skip
             i += 1
 
         s = _slot(i)
         v = v_s.index(s)._reinterpret(q_s.dtype, [128, D], SHARED)
-        mbarrier.wait(v_full.index(s), _phase(i))
         weights = gl.convert_layout(p.to(q_s.dtype), PL)
         acc = warpgroup_mma(weights, v, acc, is_async=True)
-        live = next_tile < tiles
         if EARLY:
             chunk = _chunk_qk(buffers, barriers, u + 1, live, C, D, CHUNK, CL, SHARED)
-        scores = _first_qk(buffers, barriers, i + 1, u + 1, live, C, D, L, SHARED)
         # What the next tile needs is on its way before that starts.
-        plan = _plan(table, ranges, n, next_tile, count, tiles, next_q_start, C, K, HEADS, G, ROWS)
+        plan = _plan(table, ranges, n, entry, live, count, next_q_start, C, K, G, ROWS)
         sums = gl.convert_layout(gl.sum(total, 1), ROWS)
-        inverse = gl.where(sums == 0.0, 0.0, 1.0 / sums)
-        acc, weights = warpgroup_mma_wait(2 if EARLY else 1, deps=[acc, weights])
+        inverse = gl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [sums], dtype=gl.float32, is_pure=True, pack=1
+        )
+        inverse = gl.where(sums == 0.0, 0.0, inverse)
+        acc, weights = warpgroup_mma_wait(1 if EARLY else 0, deps=[acc, weights])
         mbarrier.arrive(v_empty.index(s), count=1)
         i += 1
         q.store((acc * gl.convert_layout(inverse, OUT_ROWS)[:, None]).to(q_s.dtype))
         fence_async_shared()
-        head = tile % HEADS
-        batch = tile // (HEADS * count)
         at = q_start + row // G
         place = [batch, q_start, head * G, 0]
         tma.async_copy_shared_to_global(out_desc, place, q_buffer)
@@ -486,21 +592,21 @@ def _attend(
             )
             mark = flags + tile * 8 + C * 4 + row // 16
             gl.store(mark, bad.to(gl.int8), mask=row % 16 == 0)
-        value = (m * c + gl.log2(sums)) * _LN_2
-        value = gl.where(sums == 0.0, -float("inf"), value)
-        gl.store(
-            lse + ((batch * HEADS + head) * G + row % G).to(gl.int64) * n + at, value, mask=at < n
+        logarithm = gl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [sums], dtype=gl.float32, is_pure=True, pack=1
         )
+        value = (m * c + logarithm) * _LN_2
+        value = gl.where(sums == 0.0, -float("inf"), value)
+        heads = (batch * HEADS + head) * G + row % G
+        gl.store(lse + heads.to(gl.int64) * n + at, value, mask=at < n)
         tile = next_tile
         u += 1
     if EARLY:
-        chunk, scores = warpgroup_mma_wait(0, deps=[chunk, scores])
-    else:
-        scores = warpgroup_mma_wait(0, deps=[scores])
+        chunk = warpgroup_mma_wait(0, deps=[chunk])
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n", "count", "tiles"])
+@gluon.jit(do_not_specialize=["n", "count", "side", "tiles"])
 def forward(
     q_desc,
     k_desc,
@@ -514,6 +620,7 @@ def forward(
     flags,
     n,
     count,
+    side,
     tiles,
     c,
     K: gl.constexpr,
@@ -567,10 +674,11 @@ def forward(
     gl.warp_specialize(
         [
             (_attend, (out_desc, buffers, barriers, table, ranges, lse, flags,
-                       n, count, tiles, c, 0, K, HEADS, G, D, CHUNK, GUESS, REDO, LIMIT)),
+                       n, count, side, tiles, c, 0, K, HEADS, G, D, CHUNK, GUESS, REDO, LIMIT)),
             (_attend, (out_desc, buffers, barriers, table, ranges, lse, flags,
-                       n, count, tiles, c, 1, K, HEADS, G, D, CHUNK, GUESS, REDO, LIMIT)),
-            (_load, (descriptors, buffers, barriers, table, flags, count, tiles, HEADS, G, REDO)),
+                       n, count, side, tiles, c, 1, K, HEADS, G, D, CHUNK, GUESS, REDO, LIMIT)),
+            (_load, (descriptors, buffers, barriers, table, flags, count, side, tiles,
+                     HEADS, G, REDO)),
         ],
         [4, 1],
         # The first consumer gets what is left of 3 * 168, 240 too.
