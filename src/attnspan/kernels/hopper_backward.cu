@@ -2,15 +2,16 @@
 //
 // A work item is one tile of 128 keys of one KV head. It keeps K and V in shared memory and the
 // sums of dK and dV in registers, and meets the query tiles that see it, of all the query heads of
-// its KV head. For each: S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T come out of the
-// registers as operands of dV += P^T dO and dK += dS^T Q; dS goes through shared memory for
-// dQ = dS K, whose parts are added up in global memory by bulk reductions.
+// its KV head. For each: S^T = K Q^T and dP^T = V dO^T, so that P^T comes out of the registers as an
+// operand of dV += P^T dO; dS goes through shared memory for dK += dS^T Q and for dQ = dS K, whose
+// parts are added up in global memory by bulk reductions.
 //
-// Two warpgroups compute, 64 keys each. Of a third, one thread loads, one warp adds up dQ, and two
-// turn final rows of dQ into the result. Those fp32 sums lie in a ring of tiles that is only as
-// long as the keys in flight and their windows need: items are taken in rising order, so the sums
-// of a tile are final once the items that see it are done, and its place is free again. Parts are
-// counted when an item is through with a head; in an order, each one before the next is added.
+// Two warpgroups compute, 64 keys each. A third makes dQ of what they leave, so that they need not
+// wait for each other. Of a fourth, one thread loads, one warp adds up dQ, and two turn final rows
+// of dQ into the result. Those fp32 sums lie in a ring of tiles that is only as long as the keys in
+// flight and their windows need: items are taken in rising order, so the sums of a tile are final
+// once the items that see it are done, and its place is free again. Parts are counted when an item
+// is through with a head; in an order, each one before the next is added.
 //
 // Set by the compiler's options: HEAD_DIM 64 or 128, IS_BF16, RANGES (of keys a query sees),
 // ORDERED (parts of dQ are added in one order), SHARED_BYTES.
@@ -32,7 +33,8 @@ constexpr int BOUNDS_BYTES = BM * 8;         // of one range
 constexpr int PART_BYTES = 4 * 128 * 16;      // of a tile of dQ that is converted at a time
 constexpr float LOG2E = 1.4426950408889634f;
 #define INFINITY_F __int_as_float(0x7f800000)
-constexpr int LOADER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+// Of a thread of each warpgroup: 512 for one thread of all four.
+constexpr int SERVER_REGISTERS = 24, QUERY_REGISTERS = 72, KEY_REGISTERS = 208;
 constexpr int DONE = 1;                      // state of a tile of dQ whose place is free again
 
 struct Strides {
@@ -84,7 +86,7 @@ struct Shared {
     alignas(128) int2 bounds[Q_STAGES][RANGES][BM];
     alignas(8) u64 q_full[Q_STAGES], q_empty[Q_STAGES], grad_full[DO_STAGES], grad_empty[DO_STAGES];
     u64 k_full, v_full, keys_empty, item_full[2], item_empty[2];
-    u64 sum_full[2], sum_empty[2], part_full;
+    u64 ds_full[2], ds_empty[2], sum_full[2], sum_empty[2], part_full;
     int masked[Q_STAGES];
     int2 item[2];        // item, pairs of a query tile and a head; -1: no more
     int ready;           // a final tile of dQ, as in `state`; -1: no more
@@ -129,6 +131,15 @@ __device__ __forceinline__ void sums(float (&d)[NO], const u32 (&a)[NS / 2], u32
     products_commit();
 }
 
+__device__ __forceinline__ void key_sums(float (&d)[NO], u32 ds, u32 queries) {
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < BM / 16; k++)
+        product<true, 0, 1>(d, along(ds) + k / 4 * (BN * 8) + k % 4 * 2,
+                            across(queries, BM * 128) + k * 128);
+    products_commit();
+}
+
 __device__ __forceinline__ void query_sums(float (&d)[32], u32 ds, u32 keys) {
     products_begin();
 #pragma unroll
@@ -137,22 +148,6 @@ __device__ __forceinline__ void query_sums(float (&d)[32], u32 ds, u32 keys) {
         k ? product<true, 1, 1>(d, a, b) : product<false, 1, 1>(d, a, b);
     }
     products_commit();
-}
-
-__device__ __forceinline__ void store_sums(const float (&dq)[32], Shared& sh, int w, int thread,
-                                           u32& parity) {
-    barrier_wait(shared_address(&sh.sum_empty[w]), parity ^ 1);
-    const u32 to = shared_address(sh.sum[w]) + thread * 16;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-        store_four(to + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-    parity ^= 1;
-}
-
-// What the warp has stored before its last fence is for who adds up.
-__device__ __forceinline__ void hand_over(Shared& sh, int w, int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&sh.sum_full[w]));
 }
 
 // Lane i of a quad holds word i of each of four rows, and gets row i whole.
@@ -242,12 +237,18 @@ __device__ __forceinline__ void slopes(u32 (&ds)[NS / 2], const u32 (&weight)[NS
     }
 }
 
-__device__ __forceinline__ void store_slopes(const u32 (&ds)[NS / 2], u32 to, u32 row, u32 chunk) {
+// dS^T of this warp to shared memory. The warpgroup meets there: its dK reads all of its own.
+__device__ __forceinline__ void hand_over(const u32 (&ds)[NS / 2], Shared& sh, int it, u32 to,
+                                          u32 row, u32 chunk, int lane, int w) {
+    barrier_wait(shared_address(&sh.ds_empty[it & 1]), (it / 2 & 1) ^ 1);
+    to += (it & 1) * DS_BYTES;
 #pragma unroll
     for (int j = 0; j < BM / 16; j++)
         store_matrices(to + (j / 4) * (BN * 128) + (((2 * j + chunk) % 8 ^ (row & 7)) << 4),
                        ds[4 * j], ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
     fence_shared();
+    asm volatile("bar.sync %0, 128;" ::"r"(w + 3) : "memory");
+    if (lane == 0) barrier_arrive(shared_address(&sh.ds_full[it & 1]));
 }
 
 __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
@@ -258,17 +259,16 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
     // Where this lane's row of 8 queries goes, matrices in the order of the registers.
     const u32 ds_row = w * 64 + warp * 16 + (lane / 8 % 2) * 8 + lane % 8, ds_chunk = lane / 16;
     const u32 ds_to = shared_address(sh.ds[0]) + ds_row * 128;
-    const u32 ds_from = shared_address(sh.ds[0]) + (D == 64 ? w * BN * 128 : 0);
-    const u32 keys_from = k + (D == 128 ? w * BN * 128 : 0);
+    const u32 ds_mine = shared_address(sh.ds[0]) + w * 64 * 128;
     const u32 pair = (lane % 4) * 2;
     int it = 0;
-    u32 slot = 0, item_parity = 0, keys_parity = 0, sum_parity = 0;
+    u32 slot = 0, item_parity = 0, keys_parity = 0;
     for (;;) {
         barrier_wait(shared_address(&sh.item_full[slot]), item_parity);
         // The same in all lanes, and the compiler is to know it.
         const int2 message = make_int2(__shfl_sync(~0u, sh.item[slot].x, 0),
                                        __shfl_sync(~0u, sh.item[slot].y, 0));
-        const int begin = it, end = it + message.y;
+        const int end = it + message.y;
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&sh.item_empty[slot]));
         slot ^= 1;
@@ -298,45 +298,32 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
             for (; it < end - 1; it++) {
                 const int qs = it % Q_STAGES, os = it % DO_STAGES;
                 const int qn = (it + 1) % Q_STAGES, on = (it + 1) % DO_STAGES;
-                float dq[32];
                 sums(dv, weight, shared_address(sh.grad[os]));
                 slopes(ds, weight, dp, sh, qs, pair);
-                store_slopes(ds, ds_to + (it & 1) * DS_BYTES, ds_row, ds_chunk);
-                // A fence takes as long as the stores before it: one serves dS and the dQ before.
-                if (it > begin) hand_over(sh, w, lane);
-                sums(dk, ds, shared_address(sh.q[qs]));
+                hand_over(ds, sh, it, ds_to, ds_row, ds_chunk, lane, w);
+                products_wait<0>();
+                hold(dv);
+                if (lane == 0) barrier_arrive(shared_address(&sh.grad_empty[os]));
                 barrier_wait(shared_address(&sh.q_full[qn]), (it + 1) / Q_STAGES & 1);
                 scores(s, k_mine, shared_address(sh.q[qn]));
-                // Both halves of dS are written now, and those of the tile before are read.
-                asm volatile("bar.sync 1, 256;" ::: "memory");
-                products_wait<1>();
-                if (lane == 0) {
-                    barrier_arrive(shared_address(&sh.q_empty[qs]));
-                    barrier_arrive(shared_address(&sh.grad_empty[os]));
-                }
-                query_sums(dq, ds_from + (it & 1) * DS_BYTES, keys_from);
+                key_sums(dk, ds_mine + (it & 1) * DS_BYTES, shared_address(sh.q[qs]));
                 products_wait<1>();
                 hold(s);
                 weights(weight, s, sh, qn, key, pair, scale_log2);
+                products_wait<0>();
+                hold(dk);
+                if (lane == 0) barrier_arrive(shared_address(&sh.q_empty[qs]));
                 barrier_wait(shared_address(&sh.grad_full[on]), (it + 1) / DO_STAGES & 1);
                 scores(dp, v_mine, shared_address(sh.grad[on]));
-                products_wait<1>();
-                hold(dq);
-                store_sums(dq, sh, w, thread, sum_parity);
                 products_wait<0>();
                 hold(dp);
             }
             const int qs = it % Q_STAGES, os = it % DO_STAGES;
-            float dq[32];
             sums(dv, weight, shared_address(sh.grad[os]));
             slopes(ds, weight, dp, sh, qs, pair);
-            store_slopes(ds, ds_to + (it & 1) * DS_BYTES, ds_row, ds_chunk);
-            if (it > begin) hand_over(sh, w, lane);
-            sums(dk, ds, shared_address(sh.q[qs]));
-            asm volatile("bar.sync 1, 256;" ::: "memory");
-            query_sums(dq, ds_from + (it & 1) * DS_BYTES, keys_from);
+            hand_over(ds, sh, it, ds_to, ds_row, ds_chunk, lane, w);
+            key_sums(dk, ds_mine + (it & 1) * DS_BYTES, shared_address(sh.q[qs]));
             products_wait<0>();
-            hold(dq);
             hold(dk);
             hold(dv);
             if (lane == 0) {
@@ -344,9 +331,6 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
                 barrier_arrive(shared_address(&sh.grad_empty[os]));
                 barrier_arrive(shared_address(&sh.keys_empty));
             }
-            store_sums(dq, sh, w, thread, sum_parity);
-            fence_shared();
-            hand_over(sh, w, lane);
             it++;
             keys_parity ^= 1;
         }
@@ -355,7 +339,55 @@ __device__ __forceinline__ void compute(const Params& p, Shared& sh, int w) {
     }
 }
 
-// The third warpgroup -----------------------------------------------------------------------------
+// dQ ----------------------------------------------------------------------------------------------
+
+// A warpgroup of its own: those that compute go on as soon as their dS is stored, and its products
+// fill the gaps between theirs.
+__device__ __forceinline__ void multiply(const Params& p, Shared& sh) {
+    const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+    const u32 k = shared_address(sh.k), ds = shared_address(sh.ds[0]);
+    const u32 sum = shared_address(sh.sum[0]) + thread * 16;
+    int it = 0;
+    u32 slot = 0, item_parity = 0;
+    for (;;) {
+        barrier_wait(shared_address(&sh.item_full[slot]), item_parity);
+        const int2 message = make_int2(__shfl_sync(~0u, sh.item[slot].x, 0),
+                                       __shfl_sync(~0u, sh.item[slot].y, 0));
+        const int end = it + message.y;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&sh.item_empty[slot]));
+        slot ^= 1;
+        item_parity ^= slot == 0;
+        if (message.x < 0) break;
+#pragma unroll 1
+        for (; it < end; it++) {
+            barrier_wait(shared_address(&sh.ds_full[it & 1]), it / 2 & 1);
+            // Halves of the columns, or of 128 queries.
+#pragma unroll 1
+            for (int half = 0; half < 2; half++) {
+                float dq[32];
+                query_sums(dq, ds + (it & 1) * DS_BYTES + (D == 64 ? half * BN * 128 : 0),
+                           k + (D == 128 ? half * BN * 128 : 0));
+                products_wait<0>();
+                hold(dq);
+                if (lane == 0 && half) {
+                    barrier_arrive(shared_address(&sh.ds_empty[it & 1]));
+                    if (it == end - 1) barrier_arrive(shared_address(&sh.keys_empty));
+                }
+                barrier_wait(shared_address(&sh.sum_empty[half]), (it & 1) ^ 1);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    store_four(sum + half * (SUM_BYTES / 2) + j * 2048, dq[4 * j], dq[4 * j + 1],
+                               dq[4 * j + 2], dq[4 * j + 3]);
+                fence_shared();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(shared_address(&sh.sum_full[half]));
+            }
+        }
+    }
+}
+
+// The warpgroup that serves the others ------------------------------------------------------------
 
 __device__ void load(const Params& p, Shared& sh, const TensorMap* q, const TensorMap* grad,
                      const TensorMap* k, const TensorMap* v) {
@@ -622,7 +654,7 @@ __device__ void convert(const Params& p, Shared& sh, int thread) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
     attention_backward(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap grad,
                        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                        const __grid_constant__ Params p) {
@@ -640,10 +672,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
         barrier_init(shared_address(&sh.k_full), 1);
         barrier_init(shared_address(&sh.v_full), 1);
-        barrier_init(shared_address(&sh.keys_empty), 8);
+        barrier_init(shared_address(&sh.keys_empty), 12);
         for (int i = 0; i < 2; i++) {
             barrier_init(shared_address(&sh.item_full[i]), 1);
-            barrier_init(shared_address(&sh.item_empty[i]), 9);  // eight warps and who adds up
+            barrier_init(shared_address(&sh.item_empty[i]), 13);  // those who compute, and add up
+            barrier_init(shared_address(&sh.ds_full[i]), 8);
+            barrier_init(shared_address(&sh.ds_empty[i]), 4);
             barrier_init(shared_address(&sh.sum_full[i]), 4);
             barrier_init(shared_address(&sh.sum_empty[i]), 1);
         }
@@ -654,7 +688,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
     const int group = threadIdx.x / 128;
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVER_REGISTERS));
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         if (warp == 0) {
             if (lane == 0) load(p, sh, &q, &grad, &k, &v);
@@ -663,9 +697,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         } else {
             convert(p, sh, threadIdx.x - 64);
         }
+    } else if (group == 1) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(QUERY_REGISTERS));
+        multiply(p, sh);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-        compute(p, sh, __shfl_sync(~0u, group - 1, 0));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(KEY_REGISTERS));
+        compute(p, sh, __shfl_sync(~0u, group - 2, 0));
     }
 }
 

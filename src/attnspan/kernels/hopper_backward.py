@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_suffix(".cu")
 TILE_K = 128
 _SHARED_BYTES = 227 * 1024  # all that a block can have: one runs on a multiprocessor
-_THREADS = 384
+_THREADS = 512
 
 
 def tile_q(head_dim: int) -> int:
