@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton isn't installed")
 
 from gpu_problems import PATTERNS, lists_of, make, mask_of
-from sass import disassembled
-from triton_compile import compiled, interpret, recorded, uses
+from triton_compile import interpret, recorded, uses
 
 from attnspan.kernels import gpu_received
 from attnspan.patterns import Full, Pattern, Sinks, SlidingWindow
@@ -121,7 +118,7 @@ def test_what_it_lacks_is_said() -> None:
     assert gpu_received.lacks(q, k) == "it has no kernel for cpu tensors"
 
 
-def test_the_portable_kernel_is_the_definition_by_the_interpreter() -> None:
+def test_it_is_the_definition_by_the_interpreter() -> None:
     interpret("""
 import torch
 from attnspan.patterns import SlidingWindow, Sinks
@@ -138,31 +135,12 @@ with poisoned_memory():
 """)
 
 
-def test_the_portable_kernel_compiles_without_a_gpu(tmp_path) -> None:
+def test_it_compiles_without_a_gpu(tmp_path) -> None:
     from attnspan.kernels import triton_code
 
-    q, k, _ = make(300, 300, (4, 2), device="cpu")
+    q, k, _ = make(300, 300, device="cpu")
     tiles = lists_of(SlidingWindow(70) | Sinks(3), 300, 300, 0, "cpu")
     with recorded(triton_code, "received") as launches:
-        gpu_received.received(q, k, q.new_zeros(1, 4, 300, dtype=torch.float32), tiles, 0.1)
+        gpu_received.received(q, k, q.new_zeros(1, 8, 300, dtype=torch.float32), tiles, 0.1)
     (launch,) = launches
     assert uses(launch, tmp_path)[1] == 0, "it spills"
-
-
-def test_the_hopper_kernel_compiles_without_a_gpu(tmp_path) -> None:
-    """And as it is meant to be: nothing spilled, no product waited for one step at a time."""
-    from attnspan.kernels import received_hopper
-
-    q, k, _ = make(300, 300, device="cpu")
-    lse, out = torch.zeros(1, 8, 300), torch.zeros(1, 2, 300)
-    tiles = lists_of(SlidingWindow(70), 300, 300, 0, "cpu")
-    with recorded(received_hopper, "received") as launches:
-        gpu_received.launch_hopper(q, k, lse, out, tiles, 0.1)
-    (launch,) = launches
-    made = compiled(launch, 90, tmp_path)
-    assert made.metadata.shared <= 227 * 1024
-    code = "\n".join(text for _, text in disassembled(made.asm["cubin"], tmp_path))
-    assert not re.findall(r"\b(?:STL|LDL)\b", code)
-    # Two warpgroups, two products in flight in each.
-    assert len(re.findall("HGMMA", code)) == 2 * 2 * 128 // 16
-    assert len(re.findall("WARPGROUP.DEPBAR", code)) == 4

@@ -5,9 +5,7 @@ KV head h: the column sums of the softmax (H2O, https://arxiv.org/abs/2306.14048
 forward never has. From its log-sum-exp they cost one more product of Q and K, half of a forward's
 operations, and no memory beside the result. A tile of keys stays on the chip while the queries that
 see it stream by, and every thread keeps sums of its own until the end. So results repeat to the
-bit.
-
-On Hopper, for the common shapes, that is a kernel in Gluon; elsewhere one in Triton.
+bit. The kernel is in Triton, for any GPU; one for Hopper alone, in Gluon, was no faster.
 """
 
 from __future__ import annotations
@@ -58,52 +56,12 @@ def received(
     out = lse.new_empty((batch, kv_heads, m))
     if not lse.numel() or not m:
         return out.zero_()
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    lse = lse.contiguous()
-    with torch.cuda.device_of(q):
-        if _on_hopper(q, k, scale, softcap):
-            launch_hopper(q, k, lse, out, lists, scale)
-        else:
-            launch_portable(q, k, lse, out, lists, scale, softcap)
-    return out
-
-
-def _on_hopper(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> bool:
-    return (
-        q.device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[3] in (64, 128)
-        and softcap is None
-        and scale > 0
-        and _addressable(q)
-        and _addressable(k)
-    )
-
-
-def _addressable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can: it wants whole 16 bytes."""
-    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
-
-
-def launch_portable(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    lists: Lists,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    """The Triton kernel, into `out`."""
     from attnspan.kernels import triton_code
 
     code: Any = triton_code  # whose launch options no type checker knows
 
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     heads, n, head_dim = q.shape[1:]
-    batch, kv_heads, m = out.shape
     padded = max(16, 1 << (head_dim - 1).bit_length())
     wide = q.dtype == torch.float32
     if wide:
@@ -111,22 +69,18 @@ def launch_portable(
     else:
         tile_q, tile_k, warps, stages = (64, 128, 4, 3) if padded <= 128 else (64, 64, 4, 2)
     inner, outer = (1.0, scale * _LOG2E) if softcap is None else (scale / softcap, softcap * _LOG2E)
-    ptr, items = lists.columns(tile_k, tile_q)
+    groups = heads // kv_heads
+    # As many of a group's heads in a tile as a power of two allows.
+    pack = min(8, groups & -groups)
+    ptr, items = lists.columns(tile_k, tile_q // pack)
     tiles = -(-m // tile_k)
     strides = [0 if x.shape[d] == 1 else x.stride(d) for x in (q, k) for d in range(3)]
-    code.received[(tiles * batch * kv_heads,)](
-        q, k, lse, out, lists.low, lists.high, ptr, items, *strides,
-        n, m, kv_heads, heads // kv_heads, tiles, inner, outer,
-        D=head_dim, BD=padded, TQ=tile_q, TK=tile_k, RANGES=lists.low.shape[0],
-        CAP=softcap is not None, PRECISION="ieee" if wide else "tf32",
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-
-def launch_hopper(
-    q: Tensor, k: Tensor, lse: Tensor, out: Tensor, lists: Lists, scale: float
-) -> None:
-    """The Gluon kernel, into `out`."""
-    from attnspan.kernels import received_hopper
-
-    received_hopper.launch(q, k, lse, out, lists, scale * _LOG2E)
+    with torch.cuda.device_of(q):
+        code.received[(tiles * batch * kv_heads,)](
+            q, k, lse.contiguous(), out, lists.low, lists.high, ptr, items, *strides,
+            n, m, kv_heads, groups, tiles, inner, outer,
+            D=head_dim, BD=padded, TQ=tile_q, TK=tile_k, PACK=pack, RANGES=lists.low.shape[0],
+            CAP=softcap is not None, PRECISION="ieee" if wide else "tf32",
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out

@@ -335,16 +335,32 @@ def backward_queries(
 
 @triton.jit
 def received_step(
-    acc, x, q, q_n, lse, tile, low, high, j, n, inner, outer,
-    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr,
+    acc, x, q, q_h, q_n, lse, tile, low, high, j, n, inner, outer,
+    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, PACK: tl.constexpr,
     RANGES: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i = tile * TQ + tl.arange(0, TQ)
-    queries = rows(q, tile * TQ, q_n, n, TQ, D, BD, MASKED)
+    # Row r of the tile is query r % POSITIONS, from `tile * POSITIONS` on, of head r // POSITIONS.
+    POSITIONS: tl.constexpr = TQ // PACK
+    row = tl.arange(0, TQ)
+    i = tile * POSITIONS + row % POSITIONS
+    head = row // POSITIONS
+    d = tl.arange(0, BD)
+    # The place of a head and of its tile in 64 bits, places within that in 32.
+    start = q + tl.cast(head, tl.int64) * q_h + tl.cast(tile * POSITIONS, tl.int64) * q_n
+    where = (start + row % POSITIONS * q_n)[:, None] + d[None, :]
+    if MASKED:
+        queries = tl.load(where, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
+    elif D != BD:
+        queries = tl.load(where, mask=(d < D)[None, :], other=0.0)
+    else:
+        queries = tl.load(where)
     s = tl.dot(queries, tl.trans(x), input_precision=PRECISION)
     if CAP:
         s = tanh(s * inner)
-    p = tl.exp2(s * outer - weights_lse(lse, i, n)[:, None])
+    level = tl.load(lse + head * n + i, mask=i < n, other=float("inf"))
+    # Queries that see nothing, and those that aren't, weigh nothing.
+    level = tl.where(level == float("-inf"), float("inf"), level * LOG2E)
+    p = tl.exp2(s * outer - level[:, None])
     if MASKED:
         p = tl.where(seen(low, high, i[:, None], j[None, :], n, RANGES), p, 0.0)
     return acc + p
@@ -357,10 +373,13 @@ def received_step(
 def received(
     q, k, lse, out, low, high, ptr, items, q_b, q_h, q_n, k_b, k_h, k_n,
     n, m, heads, groups, tiles, inner, outer,
-    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, PACK: tl.constexpr,
     RANGES: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys receives from all queries and query heads; heads are KV."""
+    """What one tile of keys receives from all queries and query heads; heads are KV.
+
+    PACK heads of a group share a tile of queries, so that the edges of a mask fall on few tiles.
+    """
     pairs = tl.num_programs(0) // tiles
     tile = tl.program_id(0) // pairs
     pair = tl.program_id(0) % pairs
@@ -370,7 +389,7 @@ def received(
     x = rows(k + b * k_b + h * k_h, tile * TK, k_n, m, TK, D, BD, True)
     # A place of the tile has a sum of its own: no exchange between threads before the end.
     acc = tl.zeros([TQ, TK], tl.float32)
-    for group in range(groups):
+    for group in range(0, groups, PACK):
         head = h * groups + group
         q_at = q + b * q_b + head * q_h
         row = (b * heads * groups + head) * n
@@ -380,12 +399,12 @@ def received(
             for t in range(left + last - end):
                 at = tl.where(t < left, first + t, end + t - left)
                 acc = received_step(
-                    acc, x, q_at, q_n, lse + row, at, low, high, j, n, inner, outer,
-                    D, BD, TQ, RANGES, CAP, True, PRECISION,
+                    acc, x, q_at, q_h, q_n, lse + row, at, low, high, j, n, inner, outer,
+                    D, BD, TQ, PACK, RANGES, CAP, True, PRECISION,
                 )  # fmt: skip
             for at in range(full, end):
                 acc = received_step(
-                    acc, x, q_at, q_n, lse + row, at, low, high, j, n, inner, outer,
-                    D, BD, TQ, RANGES, CAP, False, PRECISION,
+                    acc, x, q_at, q_h, q_n, lse + row, at, low, high, j, n, inner, outer,
+                    D, BD, TQ, PACK, RANGES, CAP, False, PRECISION,
                 )  # fmt: skip
     tl.store(out + pair.to(tl.int64) * m + j, tl.sum(acc, 0), mask=j < m)
