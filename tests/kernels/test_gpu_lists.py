@@ -141,6 +141,24 @@ def test_a_walk_wastes_little(pattern, blocks, masked) -> None:
     assert tile[3] + tile[9] <= masked
 
 
+@pytest.mark.parametrize(
+    ("pattern", "share"),
+    # Below the window's length tiles are shorter; without a window nearly all are.
+    [
+        (SlidingWindow(1024), 31 / 32),
+        (SlidingWindow(4096) | Sinks(4), 7 / 8),
+        (Longformer(1024, 64), 31 / 32),
+        (Causal(), 1 / 10),
+    ],
+    ids=str,
+)
+def test_the_longest_tiles_are_counted(pattern, share) -> None:
+    walk = Lists(job(pattern, 32768), "cpu").walk(32, 128, 32)
+    blocks = [1 + t[5] + t[7] + t[9] for t in walk.tiles.tolist()]
+    assert walk.longest == sum(x >= 0.9 * blocks[0] for x in blocks)
+    assert abs(walk.longest / len(blocks) - share) < 0.02
+
+
 def test_sinks_come_first() -> None:
     walk = Lists(job(SlidingWindow(1024) | Sinks(4), 8192), "cpu").walk(32, 128, 32)
     assert {t[2] for t in walk.tiles.tolist() if t[0] > 2048} == {0}

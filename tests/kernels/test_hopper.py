@@ -60,6 +60,15 @@ def test_scores_beyond_the_guess_are_redone(head_dim, dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_two_of_many_heads_run_side_by_side() -> None:
+    """Most tiles of a short window are alike: the six heads of the batch go in pairs."""
+    pattern = SlidingWindow(60)
+    walk = lists_of(pattern, 517, 517, 0).walk(32, 128, 32)
+    assert hopper._side(walk, 6) == 2
+    check(*make(517, 517, batch=3), pattern, 0)
+
+
+@pytest.mark.gpu
 def test_strides_are_free() -> None:
     q, k, v = make(300, 500, batch=2)
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))

@@ -70,7 +70,7 @@ class Walk(NamedTuple):
             8, 9: its other blocks are `masked[first : first + count]`;
             the rest is padding, to whole sectors of memory.
         masked: int32 `(blocks,)`: starts of blocks that are not full.
-        longest: how many tiles, of the first, have as many blocks as the first.
+        longest: how many tiles have at least nine tenths of the blocks that the first one has.
     """
 
     table: Tensor
@@ -416,7 +416,8 @@ def _walk(hulls: _Hulls, tile_q: int, block: int, chunk: int) -> tuple[Ints, Int
     # The longest first and of equals the last: a tail of short tiles leaves no processor idle.
     cost = full.sum(0) + others
     order = np.argsort(-cost[::-1], kind="stable")
-    longest = int((cost == cost.max(initial=0)).sum())
+    # With its first block, which the cost leaves out.
+    longest = int((10 * (cost + 1) >= 9 * (cost.max(initial=0) + 1)).sum())
     return table[::-1][order], masked, longest
 
 

@@ -4,8 +4,9 @@ How it works. A persistent grid, one program a multiprocessor: a producer warp t
 two consumer warpgroups of 64 rows each. The G query heads of a KV head are packed into the rows, so
 a tile is 128/G positions by G heads and needs few keys beyond its window. `Lists.walk` says which
 keys: a chunk of 128/G (the diagonal), a first block of 128, full blocks, and blocks to be masked by
-the rows' ranges. Within a tile QK of block b runs with PV of block b-1, and the softmax of b over
-PV of b-1; the first QK of the next tile runs over a tile's end.
+the rows' ranges. Blocks form one sequence over all tiles of a program: when the softmax of a block
+starts, its scores are there, and QK of the block after it, which may be the next tile's first, is
+issued once the scores have left their registers. PV of the block before runs over the softmax.
 
 The softmax's reference is a guess at first: the maximum of the chunk and the first block. A row
 whose later scores rise so far above it that the weights might overflow marks its warp's flag, and a
@@ -325,6 +326,8 @@ def _load(
                 v_place = [v_batch, v_head, v_start, 0]
                 tma.async_copy_global_to_shared(v_desc, v_place, v_full.index(t), v_s.index(t))
             if b == 0:
+                # After the block, whose QK the consumers start before they are done with the
+                # chunk before.
                 mbarrier.wait(chunk_empty, (u & 1) ^ 1)
                 mbarrier.expect(chunk_full, 2 * k_chunk_desc.block_type.nbytes)
                 place = [batch, head, chunk_start, 0]
@@ -570,6 +573,7 @@ def _attend(
         # What the next tile needs is on its way before that starts.
         plan = _plan(table, ranges, n, entry, live, count, next_q_start, C, K, G, ROWS)
         sums = gl.convert_layout(gl.sum(total, 1), ROWS)
+        # The sums are normal numbers or 0: the units' own approximations are exact to 2**-22.
         inverse = gl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [sums], dtype=gl.float32, is_pure=True, pack=1
         )
