@@ -251,15 +251,26 @@ def caption(results: dict[str, Any]) -> str:
     return f"{meta['device']}, {meta['date']}, torch {meta['torch']}, {with_them}; {bursts}"
 
 
+_PLOT = (
+    "![Rates against length and window, under the machine's ceilings]"
+    "(../benchmarks/results/gpu.png)"
+)
+_SUMMARY = (
+    "On one NVIDIA GPU, beside what else PyTorch users can install, all in one run (32 query and 8 "
+    "KV heads of\n128, bf16; `benchmarks/gpu.py`; [all figures, and how the kernels work]"
+    "(docs/kernels.md)):"
+)
+
+
 def fill(path: Path, results: dict[str, Any]) -> bytes:
     """A document with its marked tables written anew."""
     rows = loaded(results)
     text = path.read_text()
     tables = {
-        "goals": f"{goals_table(judged(rows))}\n\n{caption(results)}",
-        "dense": dense_table(rows),
+        "goals": f"{goals_table(judged(rows))}\n\n{caption(results)}\n\n{_PLOT}",
+        "dense": f"Dense causal attention, TFLOP/s:\n\n{dense_table(rows)}",
         "floors": floors_table(rows, results["meta"]["device"]),
-        "summary": f"{summary_table(judged(rows))}\n\n{caption(results)}",
+        "summary": f"{_SUMMARY}\n\n{summary_table(judged(rows))}\n\n{caption(results)}",
     }
     for name, content in tables.items():
         whole = _MARKED.format(name, content)
