@@ -126,3 +126,8 @@ def test_bad_options_are_refused_before_the_work(option, message, monkeypatch, c
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_calibrate_prints_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--calibrate", "--json", "-"]) == 2
+    assert "with --calibrate, which prints no table, none is allowed" in capsys.readouterr().err

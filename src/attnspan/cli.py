@@ -196,6 +196,10 @@ def bench(
     from attnspan import bench as benchmark
     from attnspan.evaluation.files import check_file, to_json, write_file
 
+    if calibrate and json is not None:
+        raise ValueError(
+            f"--json is {json}; with --calibrate, which prints no table, none is allowed"
+        )
     if json is not None and json != "-":
         check_file(json)
     about = benchmark.machine()
