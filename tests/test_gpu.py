@@ -144,6 +144,27 @@ def test_auto_is_right_for_what_our_kernels_lack_too(pattern, dtype) -> None:
     assert explain(q, k, v, pattern).impl in dispatch.IMPLS
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 80, 96, 256])
+def test_auto_is_right_for_heads_of_any_width(head_dim, heads) -> None:
+    leaves = make_qkv(
+        130,
+        150,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        device="cuda",
+        requires_grad=True,
+    )
+    for pattern in (Causal(), SlidingWindow(40), SlidingWindow(40) | Sinks(3)):
+        out = attention(*leaves, pattern)
+        exact = reference(*leaves, pattern, q_offset=20)[0]
+        torch.testing.assert_close(out, exact, atol=2e-2, rtol=2e-2)
+        got, wants = (torch.autograd.grad(x.float().sum(), leaves) for x in (out, exact))
+        torch.testing.assert_close(got, wants, atol=5e-2, rtol=5e-2)
+        assert explain(*leaves, pattern).impl != "flex"
+
+
 def test_explain_gives_the_figures() -> None:
     q, k, v = make_qkv(4096, 4096, heads=(4, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
     said = explain(q, k, v, SlidingWindow(1024))

@@ -28,6 +28,30 @@ def test_opcheck_passes(impl, pattern) -> None:
         torch.library.opcheck(ops.attention_backward, given)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("impl", ["hopper", "triton", "auto"])
+def test_opcheck_passes_on_a_gpu(impl, pattern) -> None:
+    shape = {"heads": (4, 2), "head_dim": 64, "dtype": torch.float16, "device": "cuda"}
+    q, k, v = make_qkv(40, 50, batch=2, **shape, requires_grad=True)
+    options = (str(pattern), 10, 0.3, None, impl)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for some in (
+        (q, k, v),
+        (q.detach().transpose(1, 2).contiguous().transpose(1, 2), k.detach(), v.detach()),
+        (q.detach()[:, :1].expand(-1, 4, -1, -1), k.detach(), v.detach()),
+        (q.detach()[:, :, :1], k.detach(), v.detach()),
+    ):
+        torch.library.opcheck(ops.attention, (*some, *options), test_utils=checks)
+
+
+def test_the_definition_is_no_way_out_where_it_is_large(monkeypatch) -> None:
+    q, k, v = make_qkv(40, 50)
+    monkeypatch.setattr(ops, "_MOST_SCORES", 2 * 40 * 50 - 1)
+    with pytest.raises(ValueError, match=r"within torch\.compile no kernel of ours can do q"):
+        ops.attention(q, k, v, "Causal()", 10, 0.3, None, "auto")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_it_compiles_whole(impl) -> None:
     pattern = SlidingWindow(9) | Sinks(2)

@@ -5,9 +5,10 @@ from importlib.resources import files
 
 import pytest
 
-from attnspan import dispatch, rates
+from attnspan import dispatch, gpu, rates
 from attnspan.patterns import Causal, Full, Longformer, Sinks, SlidingWindow, parse
 from attnspan.rates import ranking
+from attnspan.testing import make_qkv
 
 HOPPER = (9, 0)
 CASES = [
@@ -81,3 +82,24 @@ def test_what_is_shipped_can_be_read() -> None:
     found = ranking("NVIDIA H200", HOPPER, "SlidingWindow(4096)", 128, 32768, True, False)
     assert found is not None
     assert found.figures[0][1] > 100
+
+
+def test_figures_are_of_one_case_and_none_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(what: str, pattern: str, impl: str) -> dict:
+        case = {"what": what, "pattern": pattern, "n": 4096, "head_dim": 128, "lse": False}
+        return {**case, "impl": impl, "tflops": 1.0}
+
+    rows = [row("forward", p, i) for p in ("Strided(8, 4)", "Longformer(8, 4)") for i in ("a", "b")]
+    entry = {"capability": [9, 0], "date": "", "versions": {}, "rates": rows}
+    monkeypatch.setattr(rates, "_tables", lambda: {"NVIDIA H200": entry})
+    ranking.cache_clear()
+    assert ask("Documents((9, 9))") == ["a", "b"]
+    assert ranking("NVIDIA H200", HOPPER, "Causal()", 128, 4096, False, True) is None
+
+
+def test_what_compiles_for_every_length_is_not_put_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = (("flex", 3.0), ("fa4", 2.0), ("sdpa", 1.5), ("hopper", 1.0))
+    monkeypatch.setattr(gpu, "ranking", lambda *_: rates.Ranking(figures, "", ""))
+    q, k, v = make_qkv(4, 4)
+    order = dispatch._gpu_order(q, k, v, Causal(), False)
+    assert order == ("decode", "fa4", "hopper", "triton", "sdpa", "flex")

@@ -143,6 +143,8 @@ def attention(
     wants_lse = return_lse or sinks is not None
     if q.device.type == "cuda" and torch.compiler.is_compiling() and impl in ("auto", *gpu.IMPLS):
         name = impl  # what runs is settled when it runs, by tensors of known lengths
+        if impl == "decode" and _has_gradients(q, k, v):
+            raise ValueError("attention: impl 'decode' can't do this: it has no backward")
     else:
         name = _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)[0]
     match name:
@@ -150,8 +152,10 @@ def attention(
             ops.check_tangents(q, k, v)
             out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
         case "fa4":
+            ops.check_tangents(q, k, v)
             out, lse = fa4.forward(q, k, v, pattern, factor)
         case "cudnn" | "flash":
+            ops.check_tangents(q, k, v)
             return fused_cuda.forward(name, q, k, v, pattern, factor)
         case "flex":
             out, lse = flex.flex(
@@ -343,9 +347,13 @@ def _choose(
 def _gpu_order(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, wants_lse: bool
 ) -> tuple[str, ...]:
-    """Implementations for GPUs, the fastest first: as measured, where that was done."""
+    """Implementations for GPUs, the fastest first: as measured, where that was done.
+
+    FlexAttention compiles for every length, up to a limit, so it comes after what doesn't.
+    """
     ranking = gpu.ranking(q, _text(pattern), wants_lse, _has_gradients(q, k, v))
-    measured = tuple(impl for impl, _ in ranking.figures) if ranking else ()
+    figures = ranking.figures if ranking else ()
+    measured = tuple(impl for impl, _ in figures if impl not in ("flex", "sdpa"))
     # A dense mask is slow, but needs no compiling.
     masked = ("sdpa", "flex") if q.shape[2] * k.shape[2] <= _MOST_MASK else ("flex", "sdpa")
     order = ("decode", *measured, "hopper", "triton", *masked)
@@ -375,7 +383,7 @@ def _lacks(
         case "fa4" | "cudnn" | "flash" if softcap is not None:
             return "it is called without a logit soft cap"
         case "fa4":
-            return fa4.lacks(q, k, v, pattern, offset)
+            return fa4.lacks(q, k, v, pattern, offset, wants_lse)
         case "cudnn" | "flash":
             return fused_cuda.lacks(impl, q, k, v, pattern, offset, wants_lse)
         case "flex":

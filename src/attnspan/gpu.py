@@ -104,7 +104,7 @@ def choose(
 
 def ranking(q: Tensor, pattern: str, with_lse: bool, with_backward: bool) -> rates.Ranking | None:
     """What was measured on this GPU, or on one of its kind, for such a call."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return None
     return rates.ranking(
         torch.cuda.get_device_name(q.device),
@@ -210,11 +210,14 @@ def _bounds(pattern: str, n: int, m: int, q_offset: int) -> tuple[tuple[int, int
     return tuple(found)
 
 
-@lru_cache(maxsize=2)  # the layers of a step ask alike, and masks of long caches are large
 def _ranges(
     pattern: str, n: int, m: int, q_offset: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[int, int, Tensor | None], ...]:
-    """`_bounds` with the additive mask of those that not every query sees whole."""
+    """`_bounds` with the additive mask of those that not every query sees whole.
+
+    Masks are made for each call: kept ones would belong to the stream, or the captured graph, that
+    made them.
+    """
     found = []
     for start, stop, whole in _bounds(pattern, n, m, q_offset):
         mask = None
@@ -257,6 +260,10 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from the whole attention's `out` and `lse`."""
+    if impl not in _BACKWARD:
+        raise ValueError(f"attention: impl {impl!r} has no backward")
+    if lack := _BACKWARD[impl].lacks(q, k, v):
+        raise ValueError(f"attention: impl {impl!r} can't do the backward of this: {lack}")
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     if impl == "hopper":
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()

@@ -20,6 +20,7 @@ from attnspan.patterns.tiles import Pass, plan
 
 # Implementations whose results lie in memory as their inputs do.
 _LAID_OUT = ("auto", *gpu.IMPLS)
+_MOST_SCORES = 2**26  # half a gibibyte in float64
 
 
 @lru_cache(maxsize=16)
@@ -45,7 +46,7 @@ def attention(
     `torch.compile` made serves any length.
     """
     if impl == "auto":
-        impl = gpu.choose(q, k, v, pattern, q_offset, softcap) or "reference"
+        impl = gpu.choose(q, k, v, pattern, q_offset, softcap) or _definition(q, k)
     if impl == "reference":
         given = {"q_offset": q_offset, "scale": scale, "softcap": softcap}
         out, lse = reference(q, k, v, parse(pattern), **given)
@@ -87,7 +88,7 @@ def attention_backward(
     lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
     if impl == "auto":
-        chosen = gpu.choose(q, k, v, pattern, q_offset, softcap, backward=True) or "reference"
+        chosen = gpu.choose(q, k, v, pattern, q_offset, softcap, True) or _definition(q, k)
     else:
         chosen = impl
     if chosen == "reference":
@@ -103,6 +104,16 @@ def attention_backward(
         return laid[0], laid[1], laid[2]
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
+
+
+def _definition(q: Tensor, k: Tensor) -> str:
+    """The reference, where its scores are few enough; it isn't fallen back on in silence."""
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= _MOST_SCORES:
+        return "reference"
+    raise ValueError(
+        f"attention: within torch.compile no kernel of ours can do q {tuple(q.shape)} and k "
+        f"{tuple(k.shape)} in {q.dtype} under this pattern; outside of it, `explain` says what can"
+    )
 
 
 def _reference_backward(

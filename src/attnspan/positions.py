@@ -345,6 +345,13 @@ class Rope:
         """Radians per position of each pair: ``(rotary_dim / 2,)``, float64, on the CPU, a copy."""
         return _frequencies(self, self.regime(length), torch.device("cpu"))[0].clone()
 
+    def frequencies_on(self, device: torch.device, length: int = 1) -> Tensor:
+        """The very tensor that angles there are made from, float64 ``(rotary_dim / 2,)``.
+
+        A CUDA graph that was captured with it reads it for as long as it is replayed.
+        """
+        return _frequencies(self, self.regime(length), device)[0]
+
     def attention_factor(self, length: int = 1) -> float:
         """What cos and sin are multiplied with; 1.0 but for YaRN and LongRoPE."""
         return _frequencies(self, self.regime(length), torch.device("cpu"))[1]

@@ -64,9 +64,13 @@ def ranking(
         table, source = tables[alike[0]], f"{alike[0]} (this is {device})"
     wanted = parse(pattern)
     rates = _nearest(table["rates"], "forward", wanted, head_dim, length, with_lse or with_backward)
+    if not rates:
+        return None
     case = _name(rates[0])
     if with_backward:
         back = _nearest(table["rates"], "backward", wanted, head_dim, length, False)
+        if not back:
+            return None
         behind = {row["impl"]: row["tflops"] for row in back}
         case = f"{case} and {_name(back[0])}"
     else:
@@ -103,8 +107,11 @@ def _nearest(
         )
 
     rows = [row for row in rates if row["what"] == what]
-    nearest = min(map(distance, rows))
-    return [row for row in rows if distance(row) == nearest]
+    if not rows:
+        return []
+    nearest = min(rows, key=distance)
+    case = "pattern", "head_dim", "n", "lse"
+    return [row for row in rows if all(row[x] == nearest[x] for x in case)]
 
 
 def _unlike(a: Pattern, b: Pattern) -> float:

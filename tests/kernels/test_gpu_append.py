@@ -53,7 +53,7 @@ def test_a_token_is_turned_encoded_and_written(storage, dtype, width) -> None:
 
 def test_it_says_what_it_lacks() -> None:
     x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
-    assert gpu_append.lacks(x, {}, (x, x)) == "it runs on a GPU, not on cpu"
+    assert gpu_append.lacks(x, {}, (x, x)) == "it runs on NVIDIA's Hopper GPUs, not on cpu"
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])

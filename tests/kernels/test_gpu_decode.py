@@ -350,7 +350,7 @@ def test_one_wrong_key_is_seen(storage) -> None:
 
 def test_it_says_what_it_lacks() -> None:
     x = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
-    assert gpu_decode.lacks(x, x, x) == "it runs on a GPU, not on cpu"
+    assert gpu_decode.lacks(x, x, x) == "it runs on NVIDIA's Hopper GPUs, not on cpu"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_streams_and_graphs() -> None:
 
 
 def test_what_it_lacks_is_said() -> None:
-    assert hopper.lacks(*make_qkv(4, 4)) == "it runs on an NVIDIA GPU"
+    assert hopper.lacks(*make_qkv(4, 4)) == "it runs on NVIDIA's Hopper GPUs, not on cpu"
 
 
 # Some bytes a thread are spilled: at 128, 8 to 12 accesses among a loop's thousand instructions. A

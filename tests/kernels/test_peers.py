@@ -43,7 +43,7 @@ def test_peers_are_the_oracle_or_say_what_they_lack(pattern, impl) -> None:
 
 def test_they_say_what_they_lack() -> None:
     q, k, v = make_qkv(4, 4)
-    assert fa4.lacks(q, k, v, Causal(), 0) == "it runs on an NVIDIA GPU"
+    assert fa4.lacks(q, k, v, Causal(), 0, False) == "it runs on an NVIDIA GPU"
     assert fused_cuda.lacks("cudnn", q, k, v, Causal(), 0, False) == "it runs on a GPU"
     with pytest.raises(ValueError, match="impl 'fa4' can't do this: it runs on an NVIDIA GPU"):
         attention(q, k, v, Causal(), impl="fa4")
@@ -56,8 +56,8 @@ def test_what_they_lack_on_a_gpu() -> None:
     q, k, v = make_qkv(40, 50, head_dim=64, dtype=torch.bfloat16, device="cuda")
     assert "full attention" in (fused_cuda.lacks("cudnn", q, k, v, Causal(), 10, False) or "")
     assert "log-sum-exp" in (fused_cuda.lacks("flash", q, k, v, Full(), 0, True) or "")
-    lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10)
+    lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10, False)
     assert lack is not None
     if "installed" not in lack:
         assert lack == "it has no SlidingWindow(4) | Sinks(1)"
-        assert fa4.lacks(q, k, v, Causal(), 3) == "its queries are the last ones of the keys"
+        assert fa4.lacks(q, k, v, Causal(), 3, False) == "its queries are the last ones of the keys"

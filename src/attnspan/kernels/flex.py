@@ -30,6 +30,8 @@ def lacks(q: Tensor, k: Tensor, v: Tensor, wants_lse: bool) -> str | None:
         return "it takes no empty tensors"
     if q.dtype == torch.float64:
         return "it has no float64"
+    if q.device.type == "cuda" and min(q.shape[3], v.shape[3]) < 16:
+        return "on a GPU its heads have 16 channels at least"
     if q.device.type == "cpu" and wants_lse:
         return "on a CPU it gives no log-sum-exp, which learned sinks need too"
     grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -21,6 +21,8 @@ def lacks(
     """What "cudnn" or "flash" lacks for these inputs, as the end of a sentence; None: nothing."""
     if q.device.type != "cuda":
         return "it runs on a GPU"
+    if impl == "cudnn" and torch.version.hip is not None:
+        return "it runs on an NVIDIA GPU"
     if wants_lse:
         return "torch gives no log-sum-exp with it, which learned sinks need too"
     if not q.numel() or not k.numel():

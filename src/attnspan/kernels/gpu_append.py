@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+from attnspan.kernels.capability import lacks_hopper
 
 
 def lacks(q: Tensor, fields: dict[str, Tensor], angles: tuple[Tensor, Tensor]) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
-    if q.device.type != "cuda":
-        return f"it runs on a GPU, not on {q.device.type}"
-    if not _has_triton():
-        return "triton is not installed"
-    if torch.cuda.get_device_capability(q.device)[0] < 9:
-        return "it is built for compute capability 9.0 and above"
+    if lack := lacks_hopper(q.device):
+        return lack
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it has no {str(q.dtype).removeprefix('torch.')}"
     if q.shape[2] != 1:

@@ -20,7 +20,6 @@ every slot is seen.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspan.kernels.capability import lacks_hopper
 from attnspan.kernels.view import Angles, KVView, Part, RawPart, Stored
 
 MOST_ROWS = 64  # query heads of a KV head times queries
@@ -41,11 +41,6 @@ _MERGED_ROWS = 512  # rows of runs up to which one thread block merges them fast
 _CHUNK = 1024  # keys of a thread block in the last pass over saved scores
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing.
 
@@ -54,13 +49,8 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         k: `(batch, Hkv, n, head_dim)`; of stored keys, any tensor with as many heads and channels.
         v: as `k`.
     """
-    if q.device.type != "cuda":
-        return f"it runs on a GPU, not on {q.device.type}"
-    if not _has_triton():
-        return "triton is not installed"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability[0] != 9:
-        return f"it is built for compute capability 9.0, not {capability[0]}.{capability[1]}"
+    if lack := lacks_hopper(q.device):
+        return lack
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it has no {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] not in _WIDTHS or v.shape[-1] != q.shape[-1]:

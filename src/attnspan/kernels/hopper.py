@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspan.kernels.capability import lacks_hopper
 from attnspan.kernels.gpu_lists import Lists, Walk
 
 _BLOCK = 128  # keys
@@ -21,12 +22,8 @@ _LOG2_E = 1.4426950408889634
 
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What this kernel lacks for these inputs, as the end of a sentence; None: nothing."""
-    if q.device.type != "cuda":
-        return "it runs on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "it runs on NVIDIA Hopper alone"
-    if not _has_gluon():
-        return "it needs Triton 3.6"
+    if lack := lacks_hopper(q.device):
+        return lack
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "it has bfloat16 and float16 alone"
     if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
@@ -97,17 +94,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
             kernel, constants = _compiled(q.device.index, *kind, guess)
             kernel[(grid, 1, 1)](*arguments, marks, *numbers, *constants)
     return out, lse
-
-
-@cache
-def _has_gluon() -> bool:
-    try:
-        import triton
-        from triton.experimental.gluon.language.nvidia import hopper  # noqa: F401
-    except ImportError:
-        return False
-    # Gluon is experimental: another version has other names.
-    return triton.__version__.split(".")[:2] == ["3", "6"]
 
 
 def _fits_tma(x: Tensor) -> bool:

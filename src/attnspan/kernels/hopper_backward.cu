@@ -525,6 +525,7 @@ __device__ void add_up(const Params& p, Shared& sh, int lane) {
                                          load_acquire(state - (long long)p.places * heads) ==
                                              DONE) &&
                                         (!ORDERED || load_acquire(state) == count.x - count.y);
+                        __syncwarp();  // what the lane that watched has seen, lane 0 sees as well
                         const bool start = ORDERED && __shfl_sync(~0u, count.x, j) == 0;
                         if (lane == 0) {
                             fence_global();

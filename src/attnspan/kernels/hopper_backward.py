@@ -50,7 +50,7 @@ def options(head_dim: int, dtype: torch.dtype, ranges: int, ordered: bool) -> tu
 
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
-    if q.device.type != "cuda" or torch.version.cuda is None:
+    if q.device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on NVIDIA's Hopper GPUs, not on {q.device.type}"
     if torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it runs on NVIDIA's Hopper GPUs (compute capability 9.0) only"

@@ -49,8 +49,8 @@ class Part:
         value: `(batch, num_kv_heads, n, head_dim)`.
         mask: None where every query sees every key, else additive, 0 or minus infinity, `(m, n)`.
         length: int32 `(batch,)` on the device: of each row, only so many of the first keys are
-            there. None: all of them. Read when the attention runs, so a captured graph goes with
-            a cache that fills.
+            there (where no decode kernel serves, as many in every row). None: all of them. Read
+            when the attention runs, so a captured graph goes with a cache that fills.
     """
 
     query: Tensor

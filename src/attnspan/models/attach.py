@@ -231,6 +231,9 @@ class _Attachment:
         if cache.clock is not None:
             if width != 1:
                 raise ValueError(f"a step by a clock takes one token a row, not {width}")
+            for name in ("attention_mask", "position_ids"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"{name} is given; a step by a clock knows its place itself")
             return self._stepped(lambda: forward(**kwargs), cache)
         new = cache.new_tokens(batch, width, kwargs.pop("attention_mask", None))
         self._check_positions(kwargs.pop("position_ids", None), cache, new, batch, width)

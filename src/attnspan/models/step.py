@@ -66,6 +66,7 @@ class StepGraph:
             self.token = torch.zeros(self.batch, 1, dtype=torch.int64, device=device)
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and the logits it leaves
         self._captured: list[Tensor] = []
+        self._frequencies: list[Tensor] = []  # which the graph reads, and a cache might let go
         self._at = -1  # the stream position that the device holds
         self._fed = False
 
@@ -96,9 +97,11 @@ class StepGraph:
         """
         self._feed(token)
         graph, logits = self._make_ready()
+        # Until both have counted, where the device stands is in doubt, and is set anew.
+        at, self._at = self._at, -1
         graph.replay()
         self.cache.count_step()
-        self._at += 1
+        self._at = at + 1
         return logits
 
     @torch.no_grad()
@@ -119,7 +122,7 @@ class StepGraph:
                 raise ValueError("token is None; the first step takes an id for each row")
             return
         if isinstance(token, Tensor):
-            if token.numel() != self.batch or token.is_floating_point():
+            if token.numel() != self.batch or token.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
                     f"token is {token.dtype} {tuple(token.shape)}; ids ({self.batch},) are allowed"
                 )
@@ -150,9 +153,12 @@ class StepGraph:
             ours is theirs for ours, theirs in zip(held, self._captured, strict=True)
         )
         if self._graph is None or not same:
-            self._graph = None  # gives the old one's memory back before the new one takes its own
+            # Gives the old one's memory back before the new one takes its own.
+            self._graph, self._captured = None, []
             self._graph = self._capture()
             self._captured = held
+            ropes = {lane.spec.rope for lane in lanes if lane.spec.rope is not None}
+            self._frequencies = [rope.frequencies_on(self.token.device) for rope in ropes]
         return self._graph
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -169,9 +175,13 @@ class StepGraph:
                 own.wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    if self.clock.counters is not None:
+                        self.clock.counters.zero_()  # whatever a step that died left in them
                     logits = self._run()
                     self.token.copy_(logits.argmax(-1, keepdim=True))
                     self.clock.position.add_(1)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 "the model's step can't be captured in a CUDA graph "
