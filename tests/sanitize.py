@@ -13,10 +13,10 @@ import torch
 
 from attnspan import attention, received
 from attnspan.cache import Int4, Int8
-from attnspan.dispatch import attend
 from attnspan.kernels.view import KVView, RawPart, Stored
 from attnspan.patterns import Sinks, SlidingWindow
 from attnspan.testing import make_qkv
+from attnspan.views import attend
 
 PATTERN = SlidingWindow(70) | Sinks(3)
 SHAPE = {"heads": (4, 2), "dtype": torch.bfloat16, "device": "cuda"}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnspan.dispatch import attend, attention, explain
+from attnspan.dispatch import attention, explain
 from attnspan.evaluation.files import to_json, write_file
 from attnspan.kernels.view import KVView, Part, RawPart, Stored
 from attnspan.patterns import (
@@ -34,6 +34,7 @@ from attnspan.patterns import (
     Strided,
     pairs,
 )
+from attnspan.views import attend
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 PATTERNS = (

@@ -24,7 +24,7 @@ class Clock:
 
     Attributes:
         position: int64 `(1,)` on the device, the stream position of the one new token of each row.
-        counters: int32 zeros on the device for the attention, see `attnspan.dispatch.attend`; None
+        counters: int32 zeros on the device for the attention, see `attnspan.views.attend`; None
             where it does without.
     """
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from attnspan.cache.lane import Call, Lane
 from attnspan.cache.storage import Fields
-from attnspan.dispatch import attend, reads_stored
 from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.policies.base import Held, Keep, Pick, Pool
+from attnspan.views import attend, reads_stored
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import Tensor
 from attnspan.cache.clock import Clock
 from attnspan.cache.storage import Dense, Fields, Int4, Storage
 from attnspan.cache.tables import Tables
-from attnspan.dispatch import FEW
 from attnspan.kernels.view import Angles, Stored
 from attnspan.policies.base import Policy
 from attnspan.positions import Rope
+from attnspan.views import FEW
 
 # Queries attended at once: bounds what a long input stages, and is past the knee of throughput.
 SEGMENT = 256

@@ -33,9 +33,9 @@ from attnspan.cache.clock import Clock
 from attnspan.cache.lane import SEGMENT, Call, Lane
 from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
-from attnspan.dispatch import append, attend, reads_stored
 from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.positions import Rope
+from attnspan.views import append, attend, reads_stored
 
 _GROWTH = 256
 

@@ -37,7 +37,7 @@ def append(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Writes a token to `fields` and returns its queries, turned; see `attnspan.dispatch.append`.
+    """Writes a token to `fields` and returns its queries, turned; see `attnspan.views.append`.
 
     Codes and scales are those of `attnspan.cache.storage.Int8`, keys rounded to the model's dtype
     once they are turned.
