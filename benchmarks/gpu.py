@@ -202,7 +202,12 @@ def main() -> None:
             parser.error("this needs an NVIDIA GPU")
         measure(options)
         return
-    results = json.loads(options.out.read_text())
+    try:
+        results = json.loads(options.out.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {options.out} can't be read: {error}")
+    if not {"rows", "meta", "versions", "run"} <= results.keys():
+        parser.error(f"--out {options.out} holds no results of this benchmark")
     if options.plot:
         write_file(options.out.with_suffix(".png"), gpu_report.plot(results))
     for path in DOCS if options.docs else ():

@@ -207,6 +207,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile's steps")
     parser.add_argument("--name", default="gpu_stream.json")
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU")
     results = measure(given.layers, given.rounds, given.tokens, not given.no_compile)
     for name, row in results["steps"].items():
         low, high = row["quartiles"]

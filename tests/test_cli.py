@@ -302,3 +302,20 @@ def test_demo_on_a_little_text(here, capsys):
     # A byte of Python costs this model well under the 8 bits of knowing nothing.
     assert all(row["bits_per_byte"] < 3 for row in result["rows"])
     assert sorted(path.name for path in (here / "shown").iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_graphs_are_refused_where_nothing_would_be_replayed(tmp_path, capsys) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("some text")
+    options = [
+        "stream",
+        "--text",
+        str(text),
+        "--policy",
+        "window:16",
+        "--graphs",
+        "--device",
+        "cpu",
+    ]
+    assert main(options) == 2
+    assert "CUDA graphs need a CUDA device" in capsys.readouterr().err

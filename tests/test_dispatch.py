@@ -287,5 +287,15 @@ def test_received_is_the_sum_of_the_weights(
 
 
 def test_received_refuses_another_lse() -> None:
-    with pytest.raises(ValueError, match=r"lse is \(1, 4, 3\); None or a tensor of shape"):
+    with pytest.raises(
+        ValueError, match=r"lse is torch\.float32 \(1, 4, 3\); None or a dense float"
+    ):
         received(q, k, lse=torch.zeros(1, 4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.complex64], ids=str)
+def test_a_log_sum_exp_of_another_kind_is_refused(dtype) -> None:
+    with pytest.raises(
+        ValueError, match=r"^received: lse is torch\..*; None or a dense float tensor"
+    ):
+        received(q, k, lse=torch.zeros(q.shape[:3]).to(dtype))

@@ -237,11 +237,17 @@ def received(
             q_offset=q_offset,
             return_lse=True,
         )
-    elif not isinstance(lse, Tensor) or lse.shape != q.shape[:3] or lse.device != q.device:
-        got = tuple(lse.shape) if isinstance(lse, Tensor) else repr(lse)
+    elif (
+        not isinstance(lse, Tensor)
+        or lse.shape != q.shape[:3]
+        or lse.device != q.device
+        or lse.dtype not in _DTYPES
+        or lse.layout != torch.strided
+    ):
+        got = f"{lse.dtype} {tuple(lse.shape)}" if isinstance(lse, Tensor) else repr(lse)
         raise ValueError(
-            f"received: lse is {got}; None or a tensor of shape {tuple(q.shape[:3])} on {q.device} "
-            "is allowed"
+            f"received: lse is {got}; None or a dense float tensor of shape {tuple(q.shape[:3])} "
+            f"on {q.device} is allowed"
         )
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)

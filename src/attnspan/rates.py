@@ -1,9 +1,9 @@
 """What implementations reach on GPUs that were measured, and which to take for a call.
 
-`gpu_rates.json` comes from `benchmarks/gpu.py --rates`: useful operations a second of each
-implementation, side by side in one run, for each case. A call is served by its nearest case: of
-the same kind of pattern, then of the nearest head_dim and length. A GPU that wasn't measured takes
-the figures of one with the same compute capability.
+`gpu_rates.json` holds useful operations a second of each implementation, side by side in one run,
+for each case; `benchmarks/gpu.py --rates` writes it, and an entry with a `note` came otherwise. A
+call is served by its nearest case: of the same kind of pattern, then of the nearest head_dim and
+length. A GPU that wasn't measured takes the figures of one with the same compute capability.
 """
 
 from __future__ import annotations

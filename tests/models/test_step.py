@@ -207,3 +207,10 @@ def test_a_cpu_is_refused() -> None:
     model = tiny_llama()
     with attach(model), pytest.raises(ValueError, match="CUDA graphs need a CUDA device"):
         span.StepGraph(model, Cache(model, parse("window:9")))
+
+
+def test_what_is_no_cache_and_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"cache is a NoneType; an attnspan\.Cache is allowed"):
+        StepGraph(tiny("mistral"), None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="model is a NoneType; a transformers model"), attach(None):  # pyright: ignore[reportArgumentType]
+        pass

@@ -189,3 +189,15 @@ def test_patterns_load_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "uint16", "int16", "uint32", "uint64"])
+@pytest.mark.parametrize("pattern", [Causal(), SlidingWindow(300), Sinks(2) | SlidingWindow(9)])
+def test_narrow_and_unsigned_positions_do_not_wrap_around(pattern, kind) -> None:
+    wide = np.arange(120)
+    narrow = wide.astype(kind)
+    expected = pattern.sees(wide[:, None], wide)
+    assert np.array_equal(pattern.sees(narrow[:, None], narrow), expected)
+    if kind in ("uint8", "int8", "int16"):
+        x = torch.from_numpy(narrow)
+        assert np.array_equal(pattern.sees(x[:, None], x).numpy(), expected)

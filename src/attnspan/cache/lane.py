@@ -109,7 +109,7 @@ class Lane(ABC):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call, clock: Clock) -> Tensor:
         """As `_segment` for one token, its place read from the device."""
-        raise NotImplementedError(self.lacks_step())
+        raise ValueError(f"no step can be taken by a clock: {self.lacks_step()}")
 
     def make_room(self) -> None:  # noqa: B027  only what grows has any to make
         """Allots the slot that the next token takes."""

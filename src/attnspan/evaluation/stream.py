@@ -78,6 +78,15 @@ def stream_text(
         ValueError: the model, the policy, the text or the snapshot can't be used, or `save_to`
             holds another stream's snapshot; one sentence says why.
     """
+    if graphs and model.device.type != "cuda":
+        raise ValueError(
+            f"graphs is True with a model on {model.device}; CUDA graphs need a CUDA device"
+        )
+    if graphs and chunk != 1 and not generate:
+        raise ValueError(
+            f"graphs is True with chunk {chunk} and no continuation; only steps of one token are "
+            "replayed, so chunk 1, or generate above 0, is allowed"
+        )
     if (
         save_to is not None
         and snapshot.exists(save_to)

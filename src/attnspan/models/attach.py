@@ -45,8 +45,10 @@ def attach(model: nn.Module, pattern: Patterns | None = None) -> Iterator[nn.Mod
     Raises:
         ValueError: where the model can't be done exactly, or the pattern doesn't fit its layers;
             one sentence says why.
-        TypeError: where `pattern` is none of these.
+        TypeError: where `model` is no module, or `pattern` is none of these.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; a transformers model is allowed")
     if "_attnspan" in model.__dict__ or "_attnspan_pattern" in model.__dict__:
         raise ValueError("model is attached already; one `with attnspan.attach(model):` is allowed")
     if pattern is not None:

@@ -49,11 +49,14 @@ class StepGraph:
 
     Raises:
         ValueError: when the step can't be captured; one sentence says why.
+        TypeError: `cache` is another library's.
 
     Memory that the graph needs while it runs isn't in `cache.nbytes`.
     """
 
     def __init__(self, model: nn.Module, cache: Cache, *, compiled: bool = False) -> None:
+        if not isinstance(cache, Cache):
+            raise TypeError(f"cache is a {type(cache).__name__}; an attnspan.Cache is allowed")
         self.model, self.cache, self.compiled = model, cache, compiled
         if (lack := self.lacks()) is not None:
             raise ValueError(f"this step can't be captured in a CUDA graph: {lack}")

@@ -15,6 +15,17 @@ from attnspan.patterns.runs import Runs, complement, intersection, union
 Positions = NDArray[np.int64]
 
 
+def _wide(x: Any) -> Any:
+    """Positions whose distances don't wrap around: signed, of 32 bits at least."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return x
+    signed = dtype.is_signed if hasattr(dtype, "is_signed") else dtype.kind != "u"
+    if signed and dtype.itemsize >= 4:
+        return x
+    return x.long() if hasattr(x, "long") else x.astype("int64")
+
+
 class Pattern(ABC):
     """Which (query position, key position) pairs see each other.
 
@@ -55,7 +66,7 @@ class Pattern(ABC):
         `i` and `j` are whole numbers, or integer arrays of numpy or torch that broadcast; the
         answer is a bool, or a bool array of the broadcast shape.
         """
-        return self._rule.sees(i, j)
+        return self._rule.sees(_wide(i), _wide(j))
 
     def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
         """Bounds of what each row, the queries at `first <= i <= last`, sees of the keys 0..m-1.
