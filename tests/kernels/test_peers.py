@@ -13,32 +13,82 @@ from attnspan.patterns import Causal, Full, Sinks, SlidingWindow
 from attnspan.testing import assert_accurate, magnitudes, make_qkv
 
 
-# FlashAttention-4's compiler warns of its own arguments.
-@pytest.mark.filterwarnings("ignore:Argument .* cannot be converted to a JitArgument:UserWarning")
+def from_fa4(test):
+    """FlashAttention-4's compiler warns of its own code."""
+    for kind in (
+        "ignore:Argument .* cannot be converted to a JitArgument:UserWarning",
+        "ignore:.*:DeprecationWarning:(flash_attn|quack|cutlass)",
+    ):
+        test = pytest.mark.filterwarnings(kind)(test)
+    return test
+
+
+@from_fa4
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["fa4", "cudnn", "flash"])
 @pytest.mark.parametrize("pattern", [Causal(), Full(), SlidingWindow(100)], ids=str)
 def test_peers_are_the_oracle_or_say_what_they_lack(pattern, impl) -> None:
-    shape = {"batch": 2, "heads": (4, 2), "head_dim": 64, "dtype": torch.bfloat16}
-    leaves = make_qkv(300, 300, **shape, device="cuda", requires_grad=True)
-    weight = make_qkv(300, 300, **shape, device="cuda", seed=5)[0]
     if isinstance(pattern, SlidingWindow) and impl != "fa4":
         with pytest.raises(ValueError, match="torch gives it full attention"):
-            attention(*leaves, pattern, impl=impl)
+            attention(*make(300, torch.bfloat16), pattern, impl=impl)
         return
     if impl == "fa4":
         pytest.importorskip("flash_attn.cute")
-    out = attention(*leaves, pattern, impl=impl)
-    got = (out, *torch.autograd.grad((out * weight).double().sum(), leaves))
+    held_to_the_oracle(
+        lambda q, k, v: attention(q, k, v, pattern, impl=impl, return_lse=False),
+        pattern,
+        300,
+        torch.bfloat16,
+        impl,
+    )
+
+
+@from_fa4
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "n"),
+    [(Causal(), 300), (SlidingWindow(100), 300), (SlidingWindow(100), 170)],
+    ids=str,
+)
+def test_fa4_gives_gradients_of_its_lse(pattern, n, dtype) -> None:
+    pytest.importorskip("flash_attn.cute")
+    held_to_the_oracle(
+        lambda q, k, v: fa4.forward(q, k, v, pattern, q.shape[3] ** -0.5), pattern, n, dtype, "fa4"
+    )
+
+
+def make(n: int, dtype: torch.dtype, **options):
+    """q of n queries, k and v of 300 keys."""
+    given = {"batch": 2, "heads": (4, 2), "head_dim": 64, "dtype": dtype, "device": "cuda"}
+    return make_qkv(n, 300, **given, **options)
+
+
+def held_to_the_oracle(call, pattern, n: int, dtype: torch.dtype, name: str) -> None:
+    """Results and gradients, those of the log-sum-exp with them where `call` returns it."""
+    leaves = make(n, dtype, requires_grad=True)
+    weight = make(n, dtype, seed=5)[0]
     place = torch.arange(300, device="cuda")
-    mask = pattern.sees(place[:, None], place)
-    wants = []
-    for compute in (torch.bfloat16, torch.float64):
-        right, _ = reference(*leaves, mask, compute=compute, cast=False)
-        wants.append((right, *torch.autograd.grad((right * weight).double().sum(), leaves)))
-    sizes = magnitudes(*leaves, mask, grad_out=weight)
-    for x, low, exact, size in zip(got, *wants, (sizes[0], *sizes[2:5]), strict=True):
-        assert_accurate(x, low, exact, size, torch.bfloat16, impl)
+    mask = pattern.sees(place[300 - n :, None], place)
+
+    def with_grads(out, lse):
+        loss = (out * weight).double().sum()
+        if lse is None:
+            return out, *torch.autograd.grad(loss, leaves)
+        return out, lse, *torch.autograd.grad(loss + (lse * weight[..., 0]).double().sum(), leaves)
+
+    results = call(*leaves)
+    out, lse = results if isinstance(results, tuple) else (results, None)
+    got, wants = with_grads(out, lse), []
+    for compute in (dtype, torch.float64):
+        right = reference(*leaves, mask, compute=compute, cast=False)
+        wants.append(with_grads(right[0], None if lse is None else right[1]))
+    grad_lse = None if lse is None else weight[..., 0]
+    sizes = magnitudes(*leaves, mask, grad_out=weight, grad_lse=grad_lse)
+    if lse is None:
+        sizes = (sizes[0], *sizes[2:5])
+    for x, low, exact, size in zip(got, *wants, sizes[: len(got)], strict=True):
+        assert_accurate(x, low, exact, size, dtype, name)
 
 
 def test_they_say_what_they_lack() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import random_ids, rounded, tiny, tiny_llama
 from attnspan.cache import Dense, Int4, Int8
 from attnspan.kernels import gpu_decode
 from attnspan.models import Cache, attach
+from attnspan.models.interface import Refused
 from attnspan.policies import parse
 
 pytestmark = pytest.mark.gpu
@@ -95,12 +97,15 @@ def test_other_families(family) -> None:
     )
 
 
-def test_a_wrong_length_is_seen(monkeypatch) -> None:
-    decode = gpu_decode.decode
+@pytest.mark.parametrize("right", [0, 40], ids=["at once", "later"])
+def test_a_wrong_length_is_seen(right, monkeypatch) -> None:
+    """By the probe of `attach`, and past it by this file's comparison."""
+    decode, calls = gpu_decode.decode, []
 
     def short(view, *args: Any, **options: Any):
-        from dataclasses import replace
-
+        calls.append(view)
+        if len(calls) <= right:
+            return decode(view, *args, **options)
         part = view.parts[-1]
         size = (part.stored.fields["key"] if hasattr(part, "stored") else part.key).shape[2]
         length = torch.full((part.query.shape[0],), size - 1, device="cuda", dtype=torch.int32)
@@ -109,5 +114,6 @@ def test_a_wrong_length_is_seen(monkeypatch) -> None:
         )
 
     monkeypatch.setattr(gpu_decode, "decode", short)
-    with pytest.raises(AssertionError, match="beside"):
+    expected = (AssertionError, "beside") if right else (Refused, "other outputs through a cache")
+    with pytest.raises(expected[0], match=expected[1]):
         held_to_the_reference(lambda: tiny_llama(**WIDE), "window:9", Int8(), torch.bfloat16)

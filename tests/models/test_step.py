@@ -87,6 +87,8 @@ def test_a_graph_is_as_near_as_the_loop(spec, storage) -> None:
     assert_near(got, low, expected)
 
 
+# What torch's compiler imports may be deprecated already.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2])
 def test_compiled_layers_give_what_eager_ones_give(batch) -> None:
