@@ -223,21 +223,32 @@ def floors_table(rows: list[Row], device: str) -> str:
 def _two_numbers(case: Case, row: Row) -> tuple[float, float]:
     """Operations, and the bytes of all inputs and results, each moved once."""
     if case.what == "decode":
-        return 4.0 * case.head_dim * HEADS * case.batch * case.n, row.work
+        # Int4's keys lie un-rotated: the angles, fp32 for each channel of a key, are read as well.
+        angles = 4.0 * case.head_dim * case.batch * case.n if row.contender == "ours, int4" else 0.0
+        return 4.0 * case.head_dim * HEADS * case.batch * case.n, row.work + angles
     queries, keys = ((case.batch * case.n * heads) for heads in (HEADS, KV_HEADS))
     vectors = {"forward": 2 * (queries + keys), "backward": 4 * (queries + keys)}[case.what]
     vectors = queries + keys if row.contender == "received" else vectors
     return row.work, 2.0 * case.head_dim * vectors + 4.0 * queries
 
 
+_NAMES = {
+    "fa4": "FlashAttention-4",
+    "flex": "FlexAttention",
+    "cudnn": "cuDNN",
+    "ours": "bf16, no scores",
+    "hopper": "forward alone",
+}
+
+
 def summary_table(verdicts: list[Verdict]) -> str:
-    """The goals at 32K tokens and in decoding, for a reader in a hurry."""
-    lines = ["| | ours | peer | | |", "|---" * 5 + "|"]
-    for v in verdicts:
-        if "128K" not in v.goal.label or v.goal.theirs == ("flex",):
-            label, ours, _, _, beside, theirs, value, _, _, level, _ = _cells(v)
-            of = "" if v.goal.kind in ("rate", "us", "MiB") else value
-            lines.append(f"| {label} | {ours} | {beside}: {theirs} | {of} | goal: {level} |")
+    """Some goals, for a reader in a hurry."""
+    lines = ["| | attnspan | beside | | must, aim |", "|---" * 5 + "|"]
+    for v in (v for v in verdicts if v.goal.first):
+        label, ours, _, _, beside, theirs, value, must, aim, level, _ = _cells(v)
+        value = "" if v.goal.kind in ("rate", "us", "MiB") else value
+        peer = f"{_NAMES[beside]} {theirs}" if beside else theirs
+        lines.append(f"| {label} | {ours} | {peer} | {value} | {must}, {aim}: {level} |")
     return "\n".join(lines)
 
 
@@ -327,23 +338,25 @@ def plot(results: dict[str, Any]) -> bytes:
     done = [row for row in loaded(results) if row.seconds]
     rate = {(row.case, row.contender): row.rates[0] for row in done}
     figure, all_axes = pyplot.subplots(2, 3, figsize=(12.5, 7.4), layout="constrained")
+    legend: dict[str, Any] = {}
     meta = results["meta"]
     sheet = next((y for x, y in DATASHEET.items() if x in meta["device"]), None)
     for axes, (label, cases, place, names) in zip(all_axes.flat, _panels(), strict=True):
         case = cases[0]
         ceiling_name = "copy" if case.what == "decode" else "product"
-        for name, marker in names:
+        for name in names:
             points = sorted((place(c), rate[c.name, name]) for c in cases if (c.name, name) in rate)
             if points:
-                axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+                color, marker, said = _LOOKS[name]
+                (legend[said],) = axes.plot(*zip(*points, strict=True), color=color, marker=marker)
         ceilings = [y for (_, name), y in rate.items() if name == ceiling_name]
-        said = {"copy": "copy of 1 GiB, measured", "product": "8192-cubed product, measured"}
+        ceiling = "an 8192-cubed product, or a copy of 1 GiB, in the same run"
         if ceilings:
             top = statistics.median(ceilings)
-            axes.axhline(top, color="0.4", linestyle="--", label=said[ceiling_name])
+            legend[ceiling] = axes.axhline(top, color="0.4", linestyle="--")
         if sheet:
             top = sheet[ceiling_name == "copy"]
-            axes.axhline(top, color="0.4", linestyle=":", label="data sheet")
+            legend["data sheet"] = axes.axhline(top, color="0.4", linestyle=":")
         axes.set_xscale("log", base=2)
         ticks = sorted({place(c) for c in cases})
         axes.set_xticks(ticks, [length(t) for t in ticks])
@@ -352,16 +365,32 @@ def plot(results: dict[str, Any]) -> bytes:
         axes.set_ylabel(f"{'stored bytes' if case.what == 'decode' else 'useful'}, {case.unit}")
         axes.set_title(case.what + (" with LSE" if case.lse else ""), fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=False)
+    ordered = [*(k for _, _, k in _LOOKS.values() if k in legend), ceiling, "data sheet"]
+    ordered = [k for k in ordered if k in legend]
+    figure.legend(
+        [legend[k] for k in ordered], ordered, loc="outside lower center", ncols=6, fontsize=8
+    )
     figure.suptitle(f"{meta['device']}, bf16, 32/8 heads of 128, {meta['date']}", fontsize=9)
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()
 
 
-def _panels() -> Iterator[tuple[str, list[Case], Callable[[Case], int], tuple[Any, ...]]]:
+_LOOKS = {
+    "hopper": ("C0", "o", "attnspan, hopper"),
+    "triton": ("C1", "s", "attnspan, triton"),
+    "ours": ("C0", "o", "attnspan, decode"),
+    "ours, int8": ("C6", "P", "attnspan, decode int8"),
+    "fa4": ("C2", "^", "FlashAttention-4"),
+    "cudnn": ("C5", "X", "cuDNN"),
+    "flex": ("C3", "D", "FlexAttention"),
+    "flash": ("C4", "v", "flash of torch"),
+}
+
+
+def _panels() -> Iterator[tuple[str, list[Case], Callable[[Case], int], tuple[str, ...]]]:
     prefill = [c for c in (*CASES, *SWEEP) if c.pattern is not None and c.head_dim == 128]
-    names = (("hopper", "o"), ("triton", "s"), ("fa4", "^"), ("flex", "D"), ("flash", "v"))
+    names = ("hopper", "triton", "fa4", "flex", "flash")
 
     def window(case: Case) -> int:
         assert isinstance(case.pattern, SlidingWindow)
@@ -378,5 +407,4 @@ def _panels() -> Iterator[tuple[str, list[Case], Callable[[Case], int], tuple[An
     at = [c for c in prefill if c.what == "backward" and c.pattern == W4]
     yield "tokens, W=4096", at, lambda c: c.n, names
     at = [c for c in (*CASES, *SWEEP) if c.what == "decode" and c.batch == 1]
-    kinds = ("ours", "o"), ("ours, int8", "s"), ("cudnn", "^"), ("cudnn, packed", "v")
-    yield "keys", at, lambda c: c.n, kinds
+    yield "keys", at, lambda c: c.n, ("ours", "ours, int8", "cudnn", "fa4")
