@@ -350,10 +350,9 @@ def plot(results: dict[str, Any]) -> bytes:
                 color, marker, said = _LOOKS[name]
                 (legend[said],) = axes.plot(*zip(*points, strict=True), color=color, marker=marker)
         ceilings = [y for (_, name), y in rate.items() if name == ceiling_name]
-        ceiling = "an 8192-cubed product, or a copy of 1 GiB, in the same run"
         if ceilings:
             top = statistics.median(ceilings)
-            legend[ceiling] = axes.axhline(top, color="0.4", linestyle="--")
+            legend[_CEILING] = axes.axhline(top, color="0.4", linestyle="--")
         if sheet:
             top = sheet[ceiling_name == "copy"]
             legend["data sheet"] = axes.axhline(top, color="0.4", linestyle=":")
@@ -365,7 +364,7 @@ def plot(results: dict[str, Any]) -> bytes:
         axes.set_ylabel(f"{'stored bytes' if case.what == 'decode' else 'useful'}, {case.unit}")
         axes.set_title(case.what + (" with LSE" if case.lse else ""), fontsize=9)
         axes.grid(alpha=0.3)
-    ordered = [*(k for _, _, k in _LOOKS.values() if k in legend), ceiling, "data sheet"]
+    ordered = [*(k for _, _, k in _LOOKS.values() if k in legend), _CEILING, "data sheet"]
     ordered = [k for k in ordered if k in legend]
     figure.legend(
         [legend[k] for k in ordered], ordered, loc="outside lower center", ncols=6, fontsize=8
@@ -376,6 +375,7 @@ def plot(results: dict[str, Any]) -> bytes:
         return buffer.getvalue()
 
 
+_CEILING = "an 8192-cubed product, or a copy of 1 GiB, in the same run"
 _LOOKS = {
     "hopper": ("C0", "o", "attnspan, hopper"),
     "triton": ("C1", "s", "attnspan, triton"),

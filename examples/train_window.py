@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
+    if min(options.window, options.length, options.steps) < 1:
+        parser.error("--window, --length and --steps are whole numbers of at least 1")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,

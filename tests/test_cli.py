@@ -12,6 +12,7 @@ import time
 import pytest
 from tiny import tiny_llama
 
+import attnspan
 from attnspan.cache import snapshot
 from attnspan.cli import main
 from attnspan.evaluation import loop
@@ -157,6 +158,7 @@ BAD = {
     "missing model": ([*STREAM, "--model", "none"], "model none: there is no such folder"),
     "model without config": ([*STREAM, "--model", "."], "there is no config.json in it"),
     "wrong device": ([*STREAM, "--device", "tpu"], "device 'tpu' can't be used here"),
+    "device without numbers": ([*STREAM, "--device", "meta"], "device 'meta' holds no numbers"),
     "nothing to resume": ([*STREAM, "--resume", "none"], "there is no snapshot.json in it"),
     "save to a file": ([*STREAM, "--save", "text.txt"], "it is a file"),
     "json to a folder": ([*STREAM, "--json", "model"], "it is a folder"),
@@ -236,6 +238,15 @@ def test_a_broken_model_is_a_failure(here, capfd, monkeypatch):
     monkeypatch.setattr(loop, "token_nll", lambda logits, targets: [float("nan")] * len(targets))
     assert main(STREAM) == 1
     assert capfd.readouterr().err.startswith("attnspan: the nll of token 1 is nan")
+
+
+def test_without_a_command_and_version(capfd):
+    assert main([]) == 2
+    out, err = capfd.readouterr()
+    assert "Usage: " in out + err
+    assert not err.endswith("attnspan: \n")
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"attnspan {attnspan.__version__}\n"
 
 
 def test_help_loads_no_torch():

@@ -293,6 +293,14 @@ def test_received_refuses_another_lse() -> None:
         received(q, k, lse=torch.zeros(1, 4, 3))
 
 
+def test_sentences_name_the_call_and_stay_short() -> None:
+    with pytest.raises(ValueError, match=r"^received: scale is .*; None or a finite number") as got:
+        received(q, k, scale=torch.ones(50, 50))
+    assert len(str(got.value)) < 120
+    with pytest.raises(ValueError, match=r"^attention: impl 'cudnn' .* it runs on a GPU"):
+        attention(q, k, v, softcap=3.0, impl="cudnn")
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.complex64], ids=str)
 def test_a_log_sum_exp_of_another_kind_is_refused(dtype) -> None:
     with pytest.raises(

@@ -22,6 +22,25 @@ app = typer.Typer(
     help="Stream long text through a language model in bounded memory, and see what it costs.",
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from attnspan import __version__
+
+        typer.echo(f"attnspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
     "keep-all, window:512, sinks:4+window:508, heavy:224+window:225, "
@@ -287,7 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A usage error of typer; where its class lives depends on typer's version.
         if not hasattr(error, "format_message"):
             raise
-        return _end(error.format_message(), 2)  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        # Without a command there is none: the help was shown.
+        return _end(message, 2) if message else 2
     return code if isinstance(code, int) else 0
 
 

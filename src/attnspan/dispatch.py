@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from reprlib import repr as _short
 from typing import Any, Literal, overload
 
 import torch
@@ -223,8 +224,8 @@ def received(
     >>> received(q, k)[0, 0]
     tensor([1.8333, 0.8333, 0.3333])
     """
-    _check_tensors(q, k, k, sink_logits)
-    _check_options(pattern, scale, softcap, q_offset, "auto")
+    _check_tensors(q, k, k, sink_logits, "received")
+    _check_options(pattern, scale, softcap, q_offset, by="received")
     if lse is None:
         _, lse = attention(
             q,
@@ -244,7 +245,7 @@ def received(
         or lse.dtype not in _DTYPES
         or lse.layout != torch.strided
     ):
-        got = f"{lse.dtype} {tuple(lse.shape)}" if isinstance(lse, Tensor) else repr(lse)
+        got = f"{lse.dtype} {tuple(lse.shape)}" if isinstance(lse, Tensor) else _short(lse)
         raise ValueError(
             f"received: lse is {got}; None or a dense float tensor of shape {tuple(q.shape[:3])} "
             f"on {q.device} is allowed"
@@ -380,43 +381,45 @@ def _lacks(
             return native.lacks(q, k, v)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
-        case "fa4" | "cudnn" | "flash" if softcap is not None:
-            return "it is called without a logit soft cap"
-        case "fa4":
-            return fa4.lacks(q, k, v, pattern, offset, wants_lse)
-        case "cudnn" | "flash":
-            return fused_cuda.lacks(impl, q, k, v, pattern, offset, wants_lse)
+        case "fa4" | "cudnn" | "flash":
+            if impl == "fa4":
+                lack = fa4.lacks(q, k, v, pattern, offset, wants_lse)
+            else:
+                lack = fused_cuda.lacks(impl, q, k, v, pattern, offset, wants_lse)
+            if lack is None and softcap is not None:
+                lack = "it is called without a logit soft cap"
+            return lack
         case "flex":
             return flex.lacks(q, k, v, wants_lse)
         case _:
             return fused.lacks(q, k, v, softcap)
 
 
-def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:
+def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attention") -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"attention: {name} is a {type(x).__name__}; a tensor is allowed")
+            raise TypeError(f"{by}: {name} is a {type(x).__name__}; a tensor is allowed")
         if x.layout != torch.strided:
-            raise ValueError(f"attention: {name} is {x.layout}; a dense tensor is allowed")
+            raise ValueError(f"{by}: {name} is {x.layout}; a dense tensor is allowed")
         if x.dim() != 4 or not x.shape[3]:
             raise ValueError(
-                f"attention: {name} has the shape {tuple(x.shape)}; (batch, heads, sequence, "
+                f"{by}: {name} has the shape {tuple(x.shape)}; (batch, heads, sequence, "
                 "head_dim) with a head_dim of at least 1 is allowed"
             )
         if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"attention: {name} is {x.dtype} on {x.device}; one of float64, float32, bfloat16 "
+                f"{by}: {name} is {x.dtype} on {x.device}; one of float64, float32, bfloat16 "
                 "and float16 is allowed, the same for q, k and v, on one device"
             )
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} don't fit; "
+            f"{by}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} don't fit; "
             "q (batch, Hq, n, head_dim), k (batch, Hkv, m, head_dim) and v (batch, Hkv, m, "
             "value_dim) are allowed"
         )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"attention: {q.shape[1]} query heads and {k.shape[1]} KV heads; a multiple of at "
+            f"{by}: {q.shape[1]} query heads and {k.shape[1]} KV heads; a multiple of at "
             "least one KV head is allowed"
         )
     if sink_logits is not None and not (
@@ -425,36 +428,44 @@ def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any) -> None:
         and sink_logits.dtype in _DTYPES
         and sink_logits.device == q.device
     ):
-        got = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else repr(sink_logits)
+        got = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else _short(sink_logits)
         raise ValueError(
-            f"attention: sink_logits is {got}; None or a float tensor of shape "
+            f"{by}: sink_logits is {got}; None or a float tensor of shape "
             f"({q.shape[1]},), one for each query head, on {q.device} is allowed"
         )
 
 
 def _check_options(
-    pattern: Any, scale: Any, softcap: Any, q_offset: Any, impl: Any, return_lse: Any = False
+    pattern: Any,
+    scale: Any,
+    softcap: Any,
+    q_offset: Any,
+    impl: Any = "auto",
+    return_lse: Any = False,
+    by: str = "attention",
 ) -> None:
     if not isinstance(pattern, Pattern):
-        raise TypeError(f"attention: pattern is {pattern!r}; a Pattern such as Causal() is allowed")
+        raise TypeError(
+            f"{by}: pattern is {_short(pattern)}; a Pattern such as Causal() is allowed"
+        )
     if scale is not None and not _is_finite(scale):
-        raise ValueError(f"attention: scale is {scale!r}; None or a finite number is allowed")
+        raise ValueError(f"{by}: scale is {_short(scale)}; None or a finite number is allowed")
     if scale is not None and abs(scale) > 2**64:
-        raise ValueError(f"attention: scale is {scale!r}; a number up to 2**64 in size is allowed")
+        raise ValueError(f"{by}: scale is {_short(scale)}; a number up to 2**64 in size is allowed")
     if softcap is not None and not (_is_finite(softcap) and softcap > 0):
         raise ValueError(
-            f"attention: softcap is {softcap!r}; None or a finite number above 0 is allowed"
+            f"{by}: softcap is {_short(softcap)}; None or a finite number above 0 is allowed"
         )
     if q_offset is not None and (isinstance(q_offset, bool) or not isinstance(q_offset, int)):
-        raise ValueError(f"attention: q_offset is {q_offset!r}; None or a whole number is allowed")
+        raise ValueError(f"{by}: q_offset is {_short(q_offset)}; None or a whole number is allowed")
     if q_offset is not None and abs(q_offset) > MOST:
         raise ValueError(
-            f"attention: q_offset is {q_offset}; None or a number from {-MOST} to {MOST} is allowed"
+            f"{by}: q_offset is {q_offset}; None or a number from {-MOST} to {MOST} is allowed"
         )
     if not isinstance(return_lse, bool):
-        raise ValueError(f"attention: return_lse is {return_lse!r}; True or False is allowed")
+        raise ValueError(f"{by}: return_lse is {_short(return_lse)}; True or False is allowed")
     if impl not in IMPLS:
-        raise ValueError(f"attention: impl is {impl!r}; one of {', '.join(IMPLS)} is allowed")
+        raise ValueError(f"{by}: impl is {_short(impl)}; one of {', '.join(IMPLS)} is allowed")
 
 
 _LARGEST = sys.float_info.max

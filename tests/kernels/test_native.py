@@ -158,19 +158,34 @@ def test_a_tile_rule_that_is_off_by_one_is_seen(tmp_path, monkeypatch) -> None:
     check(SlidingWindow(70), q, k, v, torch.float32)
     monkeypatch.setattr(native, "_folder", lambda: tmp_path)
     build = native.build()
-    path = native._built(build.compiler_path, build.compiler, ("-DWRONG_BY=1",))
+    path = native._built(build.command, build.compiler, ("-DWRONG_BY=1",))
     wrong = native._bound(ctypes.CDLL(str(path)))
     monkeypatch.setattr(native, "build", lambda: native.Build(wrong))
     with pytest.raises(AssertionError, match="error"):
         check(SlidingWindow(70), q, k, v, torch.float32)
 
 
+def test_a_library_that_a_crash_left_empty_is_built_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(native, "_FLAGS", ("-O0", *native._FLAGS[1:]))  # sooner
+    command, about = native.build().command, native.build().compiler
+    path = native._built(command, about)
+    path.write_bytes(b"")
+    native.build.cache_clear()
+    try:
+        assert native.build().lack is None
+        assert path.stat().st_size
+    finally:
+        native.build.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
         ({"ATTNSPAN_NATIVE": "0"}, "ATTNSPAN_NATIVE=0 switches it off"),
-        ({"CXX": "no-such-compiler"}, "there is no C++ compiler (no-such-compiler)"),
+        ({"CXX": "no-such-compiler -O2"}, "there is no C++ compiler (no-such-compiler -O2)"),
         ({"CXX": "false"}, "it couldn't be built: false"),
+        ({"CXX": "g++ '"}, 'CXX is "g++ \'": No closing quotation'),
     ],
 )
 def test_where_it_can_not_be_built_the_composite_serves_and_says_so(

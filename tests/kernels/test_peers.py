@@ -97,13 +97,13 @@ def test_they_say_what_they_lack() -> None:
     assert fused_cuda.lacks("cudnn", q, k, v, Causal(), 0, False) == "it runs on a GPU"
     with pytest.raises(ValueError, match="impl 'fa4' can't do this: it runs on an NVIDIA GPU"):
         attention(q, k, v, Causal(), impl="fa4")
-    with pytest.raises(ValueError, match="impl 'flash' can't do this: it is called without"):
-        attention(q, k, v, Causal(), softcap=3.0, impl="flash")
 
 
 @pytest.mark.gpu
 def test_what_they_lack_on_a_gpu() -> None:
     q, k, v = make_qkv(40, 50, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match="impl 'flash' can't do this: it is called without"):
+        attention(q, q, q, Causal(), softcap=3.0, impl="flash")
     assert "full attention" in (fused_cuda.lacks("cudnn", q, k, v, Causal(), 10, False) or "")
     assert "log-sum-exp" in (fused_cuda.lacks("flash", q, k, v, Full(), 0, True) or "")
     lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10, False)

@@ -7,11 +7,13 @@ all it was built from. Its threads are those of the OpenMP runtime that torch ha
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -55,7 +57,7 @@ class Build:
         library: None where it couldn't be built.
         lack: half a sentence that says why; None where it could.
         compiler: the compiler's own first line about itself.
-        compiler_path: the command that runs it.
+        command: what runs it, its options with it.
         vectors: the widest vectors that it uses.
         path: where the library lies.
     """
@@ -63,7 +65,7 @@ class Build:
     library: Any
     lack: str | None = None
     compiler: str = ""
-    compiler_path: str = ""
+    command: tuple[str, ...] = ()
     vectors: str = ""
     path: str = ""
 
@@ -76,16 +78,25 @@ def build() -> Build:
     compiler = os.environ.get("CXX") or next(
         (name for name in ("c++", "g++", "clang++") if shutil.which(name)), None
     )
-    if compiler is None or not shutil.which(compiler):
+    # As make has it, CXX may hold options.
+    try:
+        command = tuple(shlex.split(compiler or ""))
+    except ValueError as error:
+        return Build(None, f"CXX is {compiler!r}: {error}")
+    if not command or not shutil.which(command[0]):
         return Build(None, f"there is no C++ compiler ({compiler or 'c++, g++ or clang++'})")
     try:
-        about = _run(compiler, "--version").splitlines()[0]
-        path = _built(compiler, about)
-        library = ctypes.CDLL(str(path))
+        about = _run(*command, "--version").splitlines()[0]
+        path = _built(command, about)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # empty, say, after a crash of the machine
+            path.unlink()
+            library = ctypes.CDLL(str(_built(command, about)))
     except (OSError, subprocess.SubprocessError, _Failed) as error:
         return Build(None, f"it couldn't be built: {error}")
     vectors = _bound(library).attnspan_vectors().decode()
-    return Build(library, None, about, compiler, vectors, str(path))
+    return Build(library, None, about, command, vectors, str(path))
 
 
 def _bound(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -110,11 +121,11 @@ def _run(*command: str) -> str:
     return done.stdout or done.stderr
 
 
-def _built(compiler: str, about: str, extra: tuple[str, ...] = ()) -> Path:
+def _built(compiler: tuple[str, ...], about: str, extra: tuple[str, ...] = ()) -> Path:
     sources = [Path(__file__).with_name(name) for name in _SOURCES]
     digest = hashlib.sha256()
     runtime = _openmp()
-    for part in (about, *_FLAGS, *extra, runtime, torch.__version__, _processor()):
+    for part in (*compiler, about, *_FLAGS, *extra, runtime, torch.__version__, _processor()):
         digest.update(f"{part}\0".encode())
     for source in (*sources, Path(__file__).with_name(_HEADER)):
         digest.update(source.read_bytes())
@@ -125,9 +136,9 @@ def _built(compiler: str, about: str, extra: tuple[str, ...] = ()) -> Path:
         made = []
         for source in sources:
             made.append(str(Path(folder) / f"{source.stem}.o"))
-            _run(compiler, *_FLAGS, *extra, "-fopenmp", "-c", str(source), "-o", made[-1])
+            _run(*compiler, *_FLAGS, *extra, "-fopenmp", "-c", str(source), "-o", made[-1])
         whole = str(Path(folder) / path.name)
-        _run(compiler, "-shared", *made, runtime, "-o", whole)
+        _run(*compiler, "-shared", *made, runtime, "-o", whole)
         os.replace(whole, path)
     return path
 
@@ -181,7 +192,9 @@ def _folder() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="attnspan-"))
+    temporary = Path(tempfile.mkdtemp(prefix="attnspan-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -149,6 +149,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(
             f"device {str(device)!r} can't be used here; cpu or cuda is usual"
         ) from error
+    if place.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; cpu or cuda is usual")
     return place
 
 
