@@ -21,7 +21,7 @@ from torch import Tensor
 from attnspan import rates
 from attnspan.kernels import gpu_decode, gpu_received, hopper, hopper_backward, triton_attention
 from attnspan.kernels.gpu_lists import MOST_RANGES, Lists, Unlisted
-from attnspan.kernels.merge import merge
+from attnspan.kernels.gpu_merge import merge_into
 from attnspan.kernels.view import KVView, Part
 from attnspan.patterns.text import parse
 from attnspan.patterns.tiles import plan
@@ -140,26 +140,21 @@ def forward(
     if impl == "decode":
         return _decode(q, k, v, pattern, q_offset, scale, softcap)
     options = {} if softcap is None else {"softcap": softcap}
-    outs, lses = [], []
-    for problems in _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device):
-        if len(problems) == 1 and problems[0].whole:
-            out, lse = _FORWARD[impl].forward(q, k, v, problems[0].lists, scale, **options)
-        else:
-            out = q.new_zeros((*q.shape[:3], v.shape[3]))
-            lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-            for problem in problems:
-                for rows, keys in _views(problem, (q, out, lse[..., None]), (k, v)):
-                    given = rows[0], *keys
-                    part, part_lse = _FORWARD[impl].forward(*given, problem.lists, scale, **options)
-                    rows[1].copy_(part)
-                    rows[2].copy_(part_lse[..., None])
-        outs.append(out)
-        lses.append(lse)
-    if not outs:
-        outs = [q.new_zeros((*q.shape[:3], v.shape[3]))]
-        lses = [q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)]
-    out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
-    out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.contiguous()
+    passes = _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device)
+    kernel = _FORWARD[impl]
+    if len(passes) == 1 and passes[0][0].whole:
+        out, lse = kernel.forward(q, k, v, passes[0][0].lists, scale, **options)
+    else:
+        # Of two passes a row's results are joined once; of more than two, in float32.
+        dtype = q.dtype if len(passes) < 3 else torch.float32
+        alike = q if v.shape[3] == q.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
+        out = torch.zeros_like(alike, dtype=dtype)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        for problem in (problem for problems in passes for problem in problems):
+            for (rows, into, its_lse), keys in _views(problem, (q, out, lse[..., None]), (k, v)):
+                part, part_lse = kernel.forward(rows, *keys, problem.lists, scale, **options)
+                merge_into(into, its_lse[..., 0], part, part_lse)
+    out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.to(q.dtype).contiguous()
     return out, lse.contiguous()
 
 

@@ -408,3 +408,42 @@ def received(
                     D, BD, TQ, PACK, RANGES, CAP, False, PRECISION,
                 )  # fmt: skip
     tl.store(out + pair.to(tl.int64) * m + j, tl.sum(acc, 0), mask=j < m)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("lse_b", "lse_h", "lse_n", "more_b", "more_h", "more_n"), *("n", "heads", "tiles"),
+    ]
+)  # fmt: skip
+def merge(
+    out, lse, part, part_lse,
+    out_b, out_h, out_n, lse_b, lse_h, lse_n, part_b, part_h, part_n, more_b, more_h, more_n,
+    n, heads, tiles, DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a head: a part over other keys is taken into `out` and `lse`."""
+    tile = tl.program_id(0)
+    head = tile // tiles
+    b = tl.cast(head // heads, tl.int64)
+    h = tl.cast(head % heads, tl.int64)
+    i = tl.cast((tile % tiles) * ROWS, tl.int64) + tl.arange(0, ROWS)
+    d = tl.arange(0, BDV)
+    live = i < n
+    inside = live[:, None] & (d < DV)[None, :]
+    out += b * out_b + h * out_h + i[:, None] * out_n + d[None, :]
+    part += b * part_b + h * part_h + i[:, None] * part_n + d[None, :]
+    lse += b * lse_b + h * lse_h + i * lse_n
+    here = tl.load(lse, mask=live, other=-float("inf"))
+    more = tl.load(part_lse + b * more_b + h * more_h + i * more_n, mask=live, other=-float("inf"))
+    top = tl.maximum(here, more, propagate_nan=tl.PropagateNan.ALL)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    weight = tl.exp(here - top)
+    other = tl.exp(more - top)
+    total = weight + other
+    unseen = total == 0.0
+    total = tl.where(unseen, 1.0, total)
+    # 0 * NaN is NaN: what stands in an empty side must not come in.
+    x = tl.where((here == -float("inf"))[:, None], 0.0, tl.load(out, mask=inside).to(tl.float32))
+    y = tl.where((more == -float("inf"))[:, None], 0.0, tl.load(part, mask=inside).to(tl.float32))
+    x = x * (weight / total)[:, None] + y * (other / total)[:, None]
+    tl.store(out, x.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse, tl.where(unseen, -float("inf"), top + tl.log(total)), mask=live)
