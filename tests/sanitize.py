@@ -14,7 +14,7 @@ import torch
 from attnspan import attention, received
 from attnspan.cache import Int4, Int8
 from attnspan.kernels.view import KVView, RawPart, Stored
-from attnspan.patterns import Sinks, SlidingWindow
+from attnspan.patterns import Pattern, Sinks, SlidingWindow, Strided
 from attnspan.testing import make_qkv
 from attnspan.views import attend
 
@@ -22,10 +22,10 @@ PATTERN = SlidingWindow(70) | Sinks(3)
 SHAPE = {"heads": (4, 2), "dtype": torch.bfloat16, "device": "cuda"}
 
 
-def prefill(impl: str, head_dim: int, deterministic: bool) -> None:
+def prefill(impl: str, head_dim: int, deterministic: bool, pattern: Pattern = PATTERN) -> None:
     torch.use_deterministic_algorithms(deterministic)
     leaves = make_qkv(201, 333, head_dim=head_dim, **SHAPE, requires_grad=True)
-    out = attention(*leaves, PATTERN, impl=impl)
+    out = attention(*leaves, pattern, impl=impl)
     out.float().square().sum().backward()
     torch.use_deterministic_algorithms(False)
 
@@ -49,6 +49,7 @@ def decode(storage: Int4 | Int8 | None) -> None:
 RUNS = {
     "hopper, 128": lambda: prefill("hopper", 128, False),
     "hopper, 64, deterministic": lambda: prefill("hopper", 64, True),
+    "hopper, a stride's passes": lambda: prefill("hopper", 64, False, Strided(50, 7)),
     "triton, 64": lambda: prefill("triton", 64, False),
     "received, 128": lambda: scores(128),
     "received, 64": lambda: scores(64),
