@@ -48,7 +48,7 @@ W4, W1 = SlidingWindow(4096), SlidingWindow(1024)
 STREAMING = SlidingWindow(4096) | Sinks(4)
 LONGFORMER, STRIDED = Longformer(1024, 64), Strided(1024, 128)
 FA4, BOTH, FLEX = (*OURS, "fa4"), (*OURS, "fa4", "flex"), (*OURS, "flex")
-DENSE = (*OURS, "fa4", "cudnn", "flash", "sdpa")
+DENSE = (*OURS, "fa4", "cudnn", "flash")
 SCORES = ("ours", "ours, scores")
 DECODERS = (*SCORES, "ours, int8", *peers.DECODE[:4])
 CASES = (
@@ -64,8 +64,8 @@ CASES = (
     Case("backward", W1, 32 * K, BOTH),
     Case("backward", W4, 128 * K, BOTH),
     Case("backward", W1, 128 * K, FA4),
-    Case("forward", W1, 32 * K, BOTH, head_dim=64, lse=True),
-    Case("backward", W1, 32 * K, BOTH, head_dim=64),
+    Case("forward", W1, 32 * K, FA4, head_dim=64, lse=True),
+    Case("backward", W1, 32 * K, FA4, head_dim=64),
     Case("forward", STREAMING, 128 * K, FLEX, lse=True),
     Case("forward", LONGFORMER, 32 * K, FLEX, lse=True),
     Case("forward", STRIDED, 32 * K, FLEX, lse=True),
@@ -86,10 +86,10 @@ SWEEP = (
         for pattern, contenders in ((Causal(), DENSE), (W4, FA4))
     ),
     *(Case("backward", pattern, 32 * K, FLEX) for pattern in (STREAMING, LONGFORMER, STRIDED)),
-    Case("forward", STREAMING, 32 * K, FLEX, head_dim=64, lse=True),
-    Case("backward", STREAMING, 32 * K, FLEX, head_dim=64),
+    Case("forward", STREAMING, 32 * K, OURS, head_dim=64, lse=True),
+    Case("backward", STREAMING, 32 * K, OURS, head_dim=64),
     *(Case(what, Causal(), n * K, DENSE) for what in ("forward", "backward") for n in (1, 4)),
-    *(Case("forward", pattern, 8 * K, (*FA4, "sdpa"), lse=True) for pattern in (W1, W4)),
+    *(Case("forward", pattern, 8 * K, FA4, lse=True) for pattern in (W1, W4)),
     *(
         Case("forward", SlidingWindow(w), n * K, FA4, lse=True)
         for w, n in (
