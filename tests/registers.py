@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton_compile import compiled, recorded
 
 from attnspan.cache.storage import Dense, Int4, Int8
-from attnspan.kernels import gpu_received, hopper, hopper_backward, nvrtc
+from attnspan.kernels import gpu_received, hopper, hopper_backward, hopper_received, nvrtc
 from attnspan.kernels.gpu_lists import Lists
 from attnspan.patterns import Sinks, SlidingWindow, plan
 from attnspan.testing import make_qkv
@@ -51,6 +51,14 @@ def _hopper(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
             code, _ = nvrtc.compile_source(hopper_backward.SOURCE, options)
             form = f"ranges={ranges}, {'ordered' if ordered else 'unordered'}, D={width}"
             yield f"`hopper` backward, {form}", code, hopper_backward._SHARED_BYTES
+    for width in (128, 64):
+        for ranges in (1, 2):
+            if nvrtc.lack():
+                continue
+            options = hopper_received.options(width, BF16, ranges)
+            code, _ = nvrtc.compile_source(hopper_received.SOURCE, options)
+            form = f"ranges={ranges}, D={width}"
+            yield f"`hopper` received, {form}", code, hopper_received.SHARED_BYTES
 
 
 def _portable(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
@@ -71,7 +79,7 @@ def _portable(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:
         with recorded(triton_code, "received") as launches:
             gpu_received.received(q, k, torch.zeros(1, 8, 300), _lists(SlidingWindow(70)), 0.1)
         made = compiled(launches[0], 90, folder)
-        yield f"received, D={width}", made.asm["cubin"], made.metadata.shared
+        yield f"`triton` received, D={width}", made.asm["cubin"], made.metadata.shared
 
 
 def _decode(folder: Path) -> Iterator[tuple[str, bytes, int | None]]:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton isn't installed")
 
-from gpu_problems import PATTERNS, lists_of, make, mask_of
+from gpu_problems import PATTERNS, PROBLEMS, lists_of, make, mask_of
+from sass import disassembled, resources, unset_uniform_registers
 from triton_compile import interpret, recorded, uses
 
-from attnspan.kernels import gpu_received
+from attnspan.kernels import gpu_received, hopper_received, nvrtc
 from attnspan.patterns import Full, Pattern, Sinks, SlidingWindow
 from attnspan.testing import assert_accurate, make_qkv
 
@@ -54,11 +55,18 @@ def check(
     return got
 
 
+@pytest.fixture(params=["best", "portable"])
+def kernel(request, monkeypatch) -> None:
+    """Whichever kernel is best for the GPU, and the one for all GPUs."""
+    if request.param == "portable":
+        monkeypatch.setattr(hopper_received, "lacks", lambda *_: "it isn't asked")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_tiles_of_every_kind(pattern, dtype, head_dim) -> None:
+def test_tiles_of_every_kind(pattern, dtype, head_dim, kernel) -> None:
     q, k, _ = make_qkv(
         400, 515, batch=2, heads=(8, 2), head_dim=head_dim, dtype=dtype, device="cuda"
     )
@@ -66,8 +74,16 @@ def test_tiles_of_every_kind(pattern, dtype, head_dim) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_edges_of_every_kind(problem, kernel) -> None:
+    pattern, n, m, offset = problem
+    q, k, _ = make_qkv(n, m, heads=(8, 2), head_dim=64, dtype=torch.bfloat16, device="cuda")
+    check(pattern, q, k, offset, 0.125)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (6, 2), (8, 1), (16, 1)])
-def test_groups_of_every_size(heads) -> None:
+def test_groups_of_every_size(heads, kernel) -> None:
     q, k, _ = make_qkv(333, 333, heads=heads, head_dim=128, dtype=torch.bfloat16, device="cuda")
     check(SlidingWindow(100), q, k, 0, 0.1)
 
@@ -87,6 +103,32 @@ def test_queries_that_see_nothing_give_nothing() -> None:
     q, k, _ = make_qkv(150, 100, heads=(2, 1), head_dim=64, dtype=torch.bfloat16, device="cuda")
     got = check(SlidingWindow(30), q, k, -60, 0.125)
     assert not got[..., 90:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [SlidingWindow(1000), SlidingWindow(2048), Full()], ids=str)
+@pytest.mark.parametrize("batch", [1, 20])
+def test_blocks_of_keys_whole_and_in_parts(pattern, batch) -> None:
+    """Many blocks of keys are each one thread block's, few are several's."""
+    q, k, _ = make_qkv(
+        1999, 1999, batch=batch, heads=(2, 1), head_dim=128, dtype=torch.bfloat16, device="cuda"
+    )
+    check(pattern, q, k, 0, 0.1)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_it() -> None:
+    q, k, _ = make_qkv(900, 900, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
+    lse = torch.full((1, 8, 900), 6.0, device="cuda")
+    tiles = lists_of(SlidingWindow(300), 900, 900, 0)
+    expected = gpu_received.received(q, k, lse, tiles, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gpu_received.received(q, k, lse, tiles, 0.1)
+    for _ in range(2):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.gpu
@@ -116,6 +158,7 @@ def test_no_keys_and_no_queries() -> None:
 def test_what_it_lacks_is_said() -> None:
     q, k, _ = make_qkv(3, 3)
     assert gpu_received.lacks(q, k) == "it has no kernel for cpu tensors"
+    assert "not on cpu" in (hopper_received.lacks(q, k) or "")
 
 
 def test_it_is_the_definition_by_the_interpreter() -> None:
@@ -144,3 +187,19 @@ def test_it_compiles_without_a_gpu(tmp_path) -> None:
         gpu_received.received(q, k, q.new_zeros(1, 8, 300, dtype=torch.float32), tiles, 0.1)
     (launch,) = launches
     assert uses(launch, tmp_path)[1] == 0, "it spills"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "ranges", "spilled"),
+    [(128, torch.bfloat16, 1, 96), (128, torch.float16, 4, 192), (64, torch.float16, 2, 16)],
+)
+def test_it_compiles_for_hopper(head_dim, dtype, ranges, spilled, tmp_path) -> None:
+    if nvrtc.lack():
+        pytest.skip(f"not compiled: {nvrtc.lack()}")
+    options = hopper_received.options(head_dim, dtype, ranges)
+    code, told = nvrtc.compile_source(hopper_received.SOURCE, options)
+    # What is spilled is used in tiles of which only some is seen, but for a word or two.
+    assert max(stack for _, stack in resources(code, tmp_path).values()) <= spilled
+    # ptxas tells so when it can't keep products in flight, which costs half the speed.
+    assert "serialized" not in told
+    assert not unset_uniform_registers(disassembled(code, tmp_path))

@@ -5,7 +5,8 @@ KV head h: the column sums of the softmax (H2O, https://arxiv.org/abs/2306.14048
 forward never has. From its log-sum-exp they cost one more product of Q and K, half of a forward's
 operations, and no memory beside the result. A tile of keys stays on the chip while the queries that
 see it stream by, and every thread keeps sums of its own until the end. So results repeat to the
-bit. The kernel is in Triton, for any GPU; one for Hopper alone, in Gluon, was no faster.
+bit. The kernel here is in Triton, for any GPU and all that can be asked; `hopper_received` has one
+for Hopper alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from attnspan.kernels import hopper_received
 
 if TYPE_CHECKING:
     from attnspan.kernels.gpu_lists import Lists
@@ -56,6 +59,8 @@ def received(
     out = lse.new_empty((batch, kv_heads, m))
     if not lse.numel() or not m:
         return out.zero_()
+    if softcap is None and hopper_received.lacks(q, k) is None:
+        return hopper_received.received(q, k, lse, lists, scale)
     from attnspan.kernels import triton_code
 
     code: Any = triton_code  # whose launch options no type checker knows

@@ -150,15 +150,6 @@ __device__ __forceinline__ void query_sums(float (&d)[32], u32 ds, u32 keys) {
     products_commit();
 }
 
-// Lane i of a quad holds word i of each of four rows, and gets row i whole.
-__device__ __forceinline__ uint4 quad_transposed(u32 a, u32 b, u32 c, u32 d, int lane) {
-    bool odd = lane & 1, upper = lane & 2;
-    u32 x = __shfl_xor_sync(~0u, odd ? a : b, 1), y = __shfl_xor_sync(~0u, odd ? c : d, 1);
-    u32 a2 = odd ? x : a, b2 = odd ? b : x, c2 = odd ? y : c, d2 = odd ? d : y;
-    u32 z = __shfl_xor_sync(~0u, upper ? a2 : c2, 2), t = __shfl_xor_sync(~0u, upper ? b2 : d2, 2);
-    return upper ? make_uint4(z, t, c2, d2) : make_uint4(a2, b2, z, t);
-}
-
 __device__ __forceinline__ void store_keys(const float (&x)[NO], void* to, const Strides& strides,
                                            const Item& at, int key, int m, float factor, int lane) {
     unsigned short* base = (unsigned short*)to + at.batch * strides.batch + at.head * strides.head;

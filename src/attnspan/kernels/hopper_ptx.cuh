@@ -139,6 +139,15 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 
                  : "memory");
 }
 
+// Lane i of a quad holds word i of each of four rows, and gets row i whole; or the reverse.
+__device__ __forceinline__ uint4 quad_transposed(u32 a, u32 b, u32 c, u32 d, int lane) {
+    bool odd = lane & 1, upper = lane & 2;
+    u32 x = __shfl_xor_sync(~0u, odd ? a : b, 1), y = __shfl_xor_sync(~0u, odd ? c : d, 1);
+    u32 a2 = odd ? x : a, b2 = odd ? b : x, c2 = odd ? y : c, d2 = odd ? d : y;
+    u32 z = __shfl_xor_sync(~0u, upper ? a2 : c2, 2), t = __shfl_xor_sync(~0u, upper ? b2 : d2, 2);
+    return upper ? make_uint4(z, t, c2, d2) : make_uint4(a2, b2, z, t);
+}
+
 __device__ __forceinline__ float2 load_pair(u32 from) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
