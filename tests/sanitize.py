@@ -30,6 +30,14 @@ def prefill(impl: str, head_dim: int, deterministic: bool, pattern: Pattern = PA
     torch.use_deterministic_algorithms(False)
 
 
+def cut() -> None:
+    """Backward in parts, whose sums meet."""
+    shape = SHAPE | {"heads": (8, 1)}
+    leaves = make_qkv(901, 901, head_dim=128, **shape, requires_grad=True)
+    out = attention(*leaves, SlidingWindow(400), impl="hopper")
+    out.float().square().sum().backward()
+
+
 def scores(head_dim: int) -> None:
     q, k, _ = make_qkv(201, 333, head_dim=head_dim, **SHAPE)
     received(q, k, PATTERN)
@@ -49,6 +57,7 @@ def decode(storage: Int4 | Int8 | None) -> None:
 RUNS = {
     "hopper, 128": lambda: prefill("hopper", 128, False),
     "hopper, 64, deterministic": lambda: prefill("hopper", 64, True),
+    "hopper, 128, cut": cut,
     "hopper, a stride's passes": lambda: prefill("hopper", 64, False, Strided(50, 7)),
     "triton, 64": lambda: prefill("triton", 64, False),
     "received, 128": lambda: scores(128),

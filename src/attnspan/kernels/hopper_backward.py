@@ -3,6 +3,7 @@
 `hopper_backward.cu` tells how it works. It does five products of a query tile by a key tile, as few
 as backward can, and adds the parts of dQ up in fp32 in a ring of tiles that need not be as long as
 the sequence: with a window W and n tokens it takes O(W) memory beside the gradients, not O(n).
+`hopper_backward_items` cuts its work into items of about one length.
 Each gradient is a sum in fp32, rounded once; P and dS are rounded to the inputs' dtype between
 the products, as in FlashAttention.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnspan.kernels import nvrtc
+from attnspan.kernels.hopper_backward_items import SLOT_BYTES, Shape, items_of
 
 if TYPE_CHECKING:
     from attnspan.kernels.gpu_lists import Lists
@@ -110,17 +112,23 @@ def backward(
     ranges = len(lists.low)
     kernels = _kernels(options(width, q.dtype, ranges, deterministic))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    items = batch * key_tiles * kv_heads
     side = _side(width, kv_heads)
     strips, strip_heads = batch * kv_heads // side, side * heads // kv_heads
     places = _places(lists, rows, strips, side, processors)
+    free = places == strips * query_tiles
+    items = items_of(lists, Shape(rows, TILE_K, strips, side, heads // kv_heads, processors, free))
+    blocks = min(len(items.table), processors)
+    queues = strip_heads if strip_heads <= blocks else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    stats = empty(batch, heads, query_tiles, 2 * rows, dtype=torch.float32)
+    last_stats = empty(batch, heads, 2 * rows, dtype=torch.float32)
     bounds = empty(ranges, query_tiles * rows, 2)
-    state, following = empty(batch, query_tiles, heads), empty(2)
+    state, following = empty(batch, query_tiles, heads), empty(1 + queues)
+    # Of the items that are cut: sums of dK and dV, and whose turn it is of the eight warps' parts.
+    sums = empty(items.slots, SLOT_BYTES * width, dtype=torch.uint8)
+    turns = empty(items.slots, 8)
     ring = empty(places, strip_heads, rows * width, dtype=torch.float32)
     if not deterministic:
         ring.zero_()
@@ -133,12 +141,13 @@ def backward(
         grad_lse=None if grad_lse is None else grad_lse.data_ptr(),
         low=low.data_ptr(),
         high=high.data_ptr(),
-        stats=stats.data_ptr(),
+        last_stats=last_stats.data_ptr(),
         bounds=bounds.data_ptr(),
         row_ptr=by_row.ptr.data_ptr(),
         rows=by_row.items.data_ptr(),
         state=state.data_ptr(),
         next=following.data_ptr(),
+        turns=turns.data_ptr(),
         dq=dq.data_ptr(),
         out_strides=_strides(out),
         grad_strides=_strides(grad_out),
@@ -150,12 +159,17 @@ def backward(
         n=n,
         strip_heads=strip_heads,
         query_tiles=query_tiles,
+        queues=queues,
+        slots=items.slots,
     )
     kernels.launch(
         "attention_backward_prepare", (query_tiles, heads, batch), 256, 0, q.device, (prepare,)
     )
     params = _Params(
-        stats=stats.data_ptr(),
+        work=items.table.data_ptr(),
+        sums=sums.data_ptr(),
+        turns=turns.data_ptr(),
+        last_stats=last_stats.data_ptr(),
         bounds=bounds.data_ptr(),
         column_ptr=by_column.ptr.data_ptr(),
         columns=by_column.items.data_ptr(),
@@ -179,13 +193,15 @@ def backward(
         key_tiles=key_tiles,
         places=places,
         side=side,
+        items=len(items.table),
+        queues=queues,
         scale=scale,
     )
     maps = (nvrtc.tensor_map(x, (64, rows, 1, 1)) for x in (q, grad_out))
     key_maps = (nvrtc.tensor_map(x, (64, TILE_K, 1, 1)) for x in (k, v))
     kernels.launch(
         "attention_backward",
-        (min(items, processors), 1, 1),
+        (blocks, 1, 1),
         _THREADS,
         _SHARED_BYTES,
         q.device,
@@ -214,11 +230,11 @@ class _Params(ctypes.Structure):
     """`Params` of the kernel."""
 
     _fields_ = (
-        *_pointers("stats", "bounds", "column_ptr", "columns", "row_ptr", "rows", "state", "next"),
-        *_pointers("ring", "dq", "dk", "dv"),
+        *_pointers("work", "sums", "turns", "last_stats", "bounds", "column_ptr", "columns"),
+        *_pointers("row_ptr", "rows", "state", "next", "ring", "dq", "dk", "dv"),
         *((name, _Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
         *_integers("batch", "n", "m", "kv_heads", "group", "query_tiles", "key_tiles", "places"),
-        *_integers("side"),
+        *_integers("side", "items", "queues"),
         ("scale", ctypes.c_float),
     )
 
@@ -227,10 +243,11 @@ class _Prepare(ctypes.Structure):
     """`Prepare` of the kernel before it."""
 
     _fields_ = (
-        *_pointers("out", "grad_out", "lse", "grad_lse", "low", "high", "stats", "bounds"),
-        *_pointers("row_ptr", "rows", "state", "next", "dq"),
+        *_pointers("out", "grad_out", "lse", "grad_lse", "low", "high", "last_stats", "bounds"),
+        *_pointers("row_ptr", "rows", "state", "next", "turns", "dq"),
         *((f"{name}_strides", _Strides) for name in ("out", "grad", "lse", "grad_lse", "dq")),
         *_integers("batch", "heads", "n", "strip_heads", "query_tiles"),
+        *_integers("queues", "slots"),
     )
 
 
@@ -251,9 +268,12 @@ def _side(head_dim: int, kv_heads: int) -> int:
 
 def _places(lists: Lists, rows: int, strips: int, side: int, processors: int) -> int:
     """Tiles of the ring of dQ, of the query heads of a strip each."""
-    # As many key tiles again as are in flight: who is ahead need not wait for who is behind.
-    slack = (2 * -(-processors // side) + 4) * (TILE_K // rows)
-    return min(strips * -(-lists.n // rows), _reach(lists, rows) + slack)
+    # The key tiles in flight: who begins with a head's tiles meets places of those who are through
+    # with that head long since.
+    slack = (-(-processors // side) + 4) * (TILE_K // rows)
+    needed, every = _reach(lists, rows) + slack, strips * -(-lists.n // rows)
+    # Where that is not much more, a place for each: all strips' longest items come first then.
+    return every if every <= 2 * needed else needed
 
 
 _reaches: WeakKeyDictionary[Lists, dict[int, int]] = WeakKeyDictionary()

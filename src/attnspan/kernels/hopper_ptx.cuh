@@ -52,6 +52,14 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, 
         : "memory");
 }
 
+// Into the L2 cache.
+__device__ __forceinline__ void prefetch_box(const TensorMap* map, int c, int row, int head,
+                                             int batch) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"((u64)map),
+                 "r"(c), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+
 __device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
