@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnspan import rates
 from attnspan.kernels import gpu_decode, gpu_received, hopper, hopper_backward, triton_attention
+from attnspan.kernels.capability import compute_capability, device_name
 from attnspan.kernels.gpu_lists import MOST_RANGES, Lists, Unlisted
 from attnspan.kernels.merge import merge
 from attnspan.kernels.view import KVView, Part
@@ -107,8 +108,8 @@ def ranking(q: Tensor, pattern: str, with_lse: bool, with_backward: bool) -> rat
     if q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return None
     return rates.ranking(
-        torch.cuda.get_device_name(q.device),
-        torch.cuda.get_device_capability(q.device),
+        device_name(q.device),
+        compute_capability(q.device),
         pattern,
         q.shape[3],
         q.shape[2],
@@ -159,7 +160,7 @@ def forward(
         outs = [q.new_zeros((*q.shape[:3], v.shape[3]))]
         lses = [q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)]
     out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
-    out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.contiguous()
+    out = laid_out(out, q) if out.shape == q.shape else out.contiguous()
     return out, lse.contiguous()
 
 
@@ -239,10 +240,16 @@ def _lacks_ranges(pattern: str, n: int, m: int, q_offset: int) -> str | None:
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the dtype of `like` and as `torch.empty_like(like)` lies in memory: often as it is."""
-    strides = torch.empty_like(like, device="meta").stride()
+    strides = _strides_like(like.shape, like.stride())
     if x.dtype == like.dtype and x.stride() == strides:
         return x
     return torch.empty_strided(x.shape, strides, dtype=like.dtype, device=x.device).copy_(x)
+
+
+@lru_cache(maxsize=256)
+def _strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `torch.empty_like` of a tensor with these."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 def backward(
