@@ -1,7 +1,11 @@
 """The custom operator as torch sees it: schema, autograd, fake tensors, compile, vmap."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnspan import attention, ops
 from attnspan.patterns import Documents, Sinks, SlidingWindow, Strided
@@ -115,3 +119,103 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
     (first,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="attention_backward"):
         first.sum().backward()
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Mine(torch.Tensor):
+    pass
+
+
+def _never(*_) -> None:
+    raise AssertionError("the operator was called")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needed", [(1, 1, 1), (0, 0, 1), (0, 0, 0)], ids=str)
+def test_eager_calls_give_what_the_operator_gives(impl, needed, monkeypatch) -> None:
+    made = make_qkv(40, 50, batch=2, heads=(4, 2))
+    leaves = [x.requires_grad_(bool(y)) for x, y in zip(made, needed, strict=True)]
+    inputs = [x for x in leaves if x.requires_grad]
+    options = ("SlidingWindow(9) | Sinks(2)", 10, 0.3, None, impl)
+    wanted = ops.attention(*leaves, *options)
+    weights = [torch.randn_like(x) for x in wanted]
+    saved = [x.detach() for x in (*leaves, *wanted)]
+    gradients = [
+        ops.attention_backward(weights[0] * a, weights[1] * b if b else None, *saved, *options)
+        for a, b in ((1, 1), (1, 0), (0, 1))
+    ]
+    monkeypatch.setattr(ops, "attention", _never)
+    monkeypatch.setattr(ops, "attention_backward", _never)
+    got = ops.run(*leaves, *options)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert [x.requires_grad for x in got] == [bool(inputs)] * 2
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in ops.run(*leaves, *options))
+    if not inputs:
+        return
+    for some, expected in zip(([0, 1], [0], [1]), gradients, strict=True):
+        grads = torch.autograd.grad(
+            [got[i] for i in some], inputs, [weights[i] for i in some], retain_graph=True
+        )
+        expected = [x for x, y in zip(expected, needed, strict=True) if y]
+        torch.testing.assert_close(list(grads), expected, rtol=0, atol=0)
+
+
+def test_what_torch_would_see_is_the_operator(monkeypatch) -> None:
+    q, k, v = make_qkv(12, 20, heads=(4, 2), requires_grad=True)
+    with _Operators() as seen:
+        torch.autograd.grad(attention(q, k, v).sum(), q)
+    assert {"attnspan::attention", "attnspan::attention_backward"} <= set(seen.names)
+    out = attention(q, k, v)
+    with _Operators() as seen:
+        (mapped,) = torch.autograd.grad(out, q, torch.stack([out, -out]), is_grads_batched=True)
+    assert "attnspan::attention_backward" in seen.names
+    torch.testing.assert_close(mapped[0], -mapped[1])
+    called = []
+    operator = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *x: called.append(1) or operator(*x))
+    attention(q.as_subclass(_Mine), k, v)
+    with torch.device("cpu"):  # a mode that sees functions
+        attention(q, k, v)
+    assert len(called) == 2
+
+
+def test_hooks_and_checkpoints_see_what_is_saved() -> None:
+    q, k, v = make_qkv(12, 20, heads=(4, 2), requires_grad=True)
+
+    def f(*given):
+        return attention(*given, SlidingWindow(5)).sin()
+
+    (wanted,) = torch.autograd.grad(f(q, k, v).sum(), q)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        out = attention(q, k, v, SlidingWindow(5))
+    assert [x.shape for x in packed] == [x.shape for x in (q, k, v, out, out[..., 0])]
+    again = checkpoint.checkpoint(f, q, k, v, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), q)[0], wanted)
+
+    def kept(context, operator, *_, **__):
+        policies = checkpoint.CheckpointPolicy
+        is_ours = operator.name() == "attnspan::attention"
+        return policies.MUST_SAVE if is_ours else policies.MUST_RECOMPUTE
+
+    again = checkpoint.checkpoint(
+        f,
+        *(q, k, v),
+        use_reentrant=False,
+        context_fn=partial(checkpoint.create_selective_checkpoint_contexts, kept),
+    )
+    with _Operators() as seen:
+        torch.testing.assert_close(torch.autograd.grad(again.sum(), q)[0], wanted)
+    assert "attnspan::attention" not in seen.names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from reprlib import repr as _short
 from typing import Any, Literal, overload
 
@@ -145,7 +146,7 @@ def attention(
     match name:
         case "native" | "cpu" | "hopper" | "triton" | "decode" | "auto":
             ops.check_tangents(q, k, v)
-            out, lse = ops.attention(q, k, v, _text(pattern), offset, factor, softcap, name)
+            out, lse = ops.run(q, k, v, _text(pattern), offset, factor, softcap, name)
         case "fa4":
             ops.check_tangents(q, k, v)
             out, lse = fa4.forward(q, k, v, pattern, factor)
@@ -353,12 +354,15 @@ def _gpu_order(
     FlexAttention compiles for every length, up to a limit, so it comes after what doesn't.
     """
     ranking = gpu.ranking(q, _text(pattern), wants_lse, _has_gradients(q, k, v))
-    figures = ranking.figures if ranking else ()
-    measured = tuple(impl for impl, _ in figures if impl not in ("flex", "sdpa"))
+    return _order(ranking.figures if ranking else (), q.shape[2] * k.shape[2] <= _MOST_MASK)
+
+
+@lru_cache(maxsize=256)
+def _order(figures: tuple[tuple[str, float], ...], can_mask: bool) -> tuple[str, ...]:
+    measured = (impl for impl, _ in figures if impl not in ("flex", "sdpa"))
     # A dense mask is slow, but needs no compiling.
-    masked = ("sdpa", "flex") if q.shape[2] * k.shape[2] <= _MOST_MASK else ("flex", "sdpa")
-    order = ("decode", *measured, "hopper", "triton", *masked)
-    return tuple(dict.fromkeys(order))
+    masked = ("sdpa", "flex") if can_mask else ("flex", "sdpa")
+    return tuple(dict.fromkeys(("decode", *measured, "hopper", "triton", *masked)))
 
 
 def _lacks(
@@ -411,13 +415,15 @@ def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attentio
                 f"{by}: {name} is {x.dtype} on {x.device}; one of float64, float32, bfloat16 "
                 "and float16 is allowed, the same for q, k and v, on one device"
             )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    batch, q_heads, _, width = q.shape
+    (*outer, key_width), (*value_outer, _) = k.shape, v.shape
+    if outer != value_outer or batch != outer[0] or width != key_width:
         raise ValueError(
             f"{by}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} don't fit; "
             "q (batch, Hq, n, head_dim), k (batch, Hkv, m, head_dim) and v (batch, Hkv, m, "
             "value_dim) are allowed"
         )
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not outer[1] or q_heads % outer[1]:
         raise ValueError(
             f"{by}: {q.shape[1]} query heads and {k.shape[1]} KV heads; a multiple of at "
             "least one KV head is allowed"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnspan import rates
 from attnspan.kernels import gpu_decode, gpu_received, hopper, hopper_backward, triton_attention
+from attnspan.kernels.capability import compute_capability, device_name
 from attnspan.kernels.gpu_lists import MOST_RANGES, Lists, Unlisted
 from attnspan.kernels.gpu_merge import merge_into
 from attnspan.kernels.view import KVView, Part
@@ -107,8 +108,8 @@ def ranking(q: Tensor, pattern: str, with_lse: bool, with_backward: bool) -> rat
     if q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return None
     return rates.ranking(
-        torch.cuda.get_device_name(q.device),
-        torch.cuda.get_device_capability(q.device),
+        device_name(q.device),
+        compute_capability(q.device),
         pattern,
         q.shape[3],
         q.shape[2],
@@ -142,7 +143,7 @@ def forward(
     options = {} if softcap is None else {"softcap": softcap}
     passes = _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device)
     kernel = _FORWARD[impl]
-    if len(passes) == 1 and passes[0][0].whole:
+    if len(passes) == 1 and len(passes[0]) == 1 and passes[0][0].whole:
         out, lse = kernel.forward(q, k, v, passes[0][0].lists, scale, **options)
     else:
         # Of two passes a row's results are joined once; of more than two, in float32.
@@ -234,10 +235,16 @@ def _lacks_ranges(pattern: str, n: int, m: int, q_offset: int) -> str | None:
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the dtype of `like` and as `torch.empty_like(like)` lies in memory: often as it is."""
-    strides = torch.empty_like(like, device="meta").stride()
+    strides = _strides_like(like.shape, like.stride())
     if x.dtype == like.dtype and x.stride() == strides:
         return x
     return torch.empty_strided(x.shape, strides, dtype=like.dtype, device=x.device).copy_(x)
+
+
+@lru_cache(maxsize=256)
+def _strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `torch.empty_like` of a tensor with these."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 def backward(

@@ -1,6 +1,8 @@
 """The custom operator behind our kernels: what autograd, torch.compile and vmap see of them.
 
-It takes its pattern as text, since an operator's arguments are tensors, numbers and strings.
+It takes its pattern as text, since an operator's arguments are tensors, numbers and strings. To
+call one takes torch as long as all else on the host; where no transform, mode or trace is there to
+see it, `run` does without.
 """
 
 from __future__ import annotations
@@ -51,9 +53,22 @@ def attention(
         given = {"q_offset": q_offset, "scale": scale, "softcap": softcap}
         out, lse = reference(q, k, v, parse(pattern), **given)
         return gpu.laid_out(out, q) if v.shape[3] == q.shape[3] else out, lse
+    if impl in gpu.IMPLS and (lack := gpu.lacks(impl, q, k, v, pattern, q_offset, softcap)):
+        raise ValueError(f"attention: impl {impl!r} can't do this: {lack}")
+    return _forward(q, k, v, pattern, q_offset, scale, softcap, impl)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
     if impl in gpu.IMPLS:
-        if lack := gpu.lacks(impl, q, k, v, pattern, q_offset, softcap):
-            raise ValueError(f"attention: impl {impl!r} can't do this: {lack}")
         return gpu.forward(impl, q, k, v, pattern, q_offset, scale, softcap)
     lengths = q.shape[2], k.shape[2], q_offset
     if impl == "native":
@@ -85,6 +100,23 @@ def attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, pattern, q_offset, scale, softcap, impl)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
     if impl == "auto":
@@ -170,12 +202,67 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
-    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return *grads, *(None for _ in ctx.options)
+    saved = ctx.saved_tensors
+    grad_out = torch.zeros_like(saved[3]) if grad_out is None else grad_out
+    # With gradients on, a graph of the gradient is asked for: the operator refuses that.
+    direct = not torch.is_grad_enabled() and _is_plain(grad_out, grad_lse, *saved)
+    backward = _backward if direct else attention_backward
+    return *backward(grad_out, grad_lse, *saved, *ctx.options), *(None for _ in ctx.options)
 
 
 attention.register_autograd(_gradients, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """What `attention` is to autograd, without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        results = _forward(*inputs)
+        _save(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _gradients(ctx, *grads)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """`attention` by an `impl` that lacks nothing, through the operator only where torch sees it.
+
+    It sees it in `torch.compile`, transforms, modes and traces, and for tensors of a kind of their
+    own; then it must be the operator, which has rules for all of them.
+    """
+    given = q, k, v, pattern, q_offset, scale, softcap, impl
+    if not _is_plain(q, k, v):
+        return attention(*given)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*given)
+    return _forward(*given)
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd would see an operator on these tensors."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None  # pyright: ignore
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def check_tangents(*tensors: Tensor) -> None:

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnspan.kernels.capability import compute_capability, shared_bytes_of
+from attnspan.kernels.triton_launch import launch
+
 if TYPE_CHECKING:
     from attnspan.kernels.gpu_lists import Lists
 
@@ -31,7 +34,7 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it needs triton, which isn't installed"
     if q.device.type != "cuda":
         return f"it has no kernel for {q.device.type} tensors"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is None and compute_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     if q.dtype not in DTYPES:
         return f"it has no {str(q.dtype).removeprefix('torch.')} kernel"
@@ -74,7 +77,8 @@ def forward(
     ptr, items = lists.rows(tile_q, tile_k)
     tiles = -(-n // tile_q)
     with torch.cuda.device_of(q):
-        code.forward[(tiles * batch * heads,)](
+        launch(
+            code.forward, (tiles * batch * heads,),
             q, k, v, out, lse, lists.low, lists.high, ptr, items,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             n, m, heads, heads // k.shape[1], tiles, *_factors(scale, softcap),
@@ -133,7 +137,8 @@ def backward(
     factors = _factors(scale, softcap)
     with torch.cuda.device_of(q):
         tiles = -(-n // 64)
-        code.pull[(tiles * batch * heads,)](
+        launch(
+            code.pull, (tiles * batch * heads,),
             grad_out, out, lse if grad_lse is None else grad_lse.float().contiguous(), delta,
             *_strides(grad_out), *_strides(out), n, heads, tiles,
             DV=value_dim, BDV=padded(value_dim), TQ=64, LSE=grad_lse is not None, num_warps=4,
@@ -141,7 +146,8 @@ def backward(
         tile_q, tile_k, warps, stages = _configuration("keys", q, v)
         ptr, items = lists.columns(tile_k, tile_q)
         tiles = -(-m // tile_k)
-        code.backward_keys[(tiles * batch * kv_heads,)](
+        launch(
+            code.backward_keys, (tiles * batch * kv_heads,),
             grad_out, q, k, v, dk, dv, lse, delta, lists.low, lists.high, ptr, items,
             *_strides(grad_out), *_strides(q), *_strides(k), *_strides(v), *_strides(dk),
             *_strides(dv), n, m, kv_heads, heads // kv_heads, tiles, scale, *factors,
@@ -150,7 +156,8 @@ def backward(
         tile_q, tile_k, warps, stages = _configuration("queries", q, v)
         ptr, items = lists.rows(tile_q, tile_k)
         tiles = -(-n // tile_q)
-        code.backward_queries[(tiles * batch * heads,)](
+        launch(
+            code.backward_queries, (tiles * batch * heads,),
             grad_out, q, k, v, dq, lse, delta, lists.low, lists.high, ptr, items,
             *_strides(grad_out), *_strides(q), *_strides(k), *_strides(v), *_strides(dq),
             n, m, heads, heads // kv_heads, tiles, scale * sign, *factors,
@@ -189,8 +196,7 @@ def _configuration(kernel: str, q: Tensor, v: Tensor) -> tuple[int, int, int, in
 def _roomy(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return memory >= 160 * 1024
+    return shared_bytes_of(device) >= 160 * 1024
 
 
 def _precision(q: Tensor) -> str:
@@ -214,11 +220,20 @@ def _dense(x: Tensor) -> Tensor:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Batch, head and row stride; that of a single one is 0, so that it compiles nothing anew."""
-    return tuple(0 if x.shape[d] == 1 else x.stride(d) for d in range(3))  # type: ignore[return-value]
+    (batch, heads, n, _), (of_batch, of_head, of_row, _) = x.shape, x.stride()
+    return (
+        0 if batch == 1 else of_batch,
+        0 if heads == 1 else of_head,
+        0 if n == 1 else of_row,
+    )
 
 
 def _like(x: Tensor, width: int) -> Tensor:
     """Uninitialised `(*x.shape[:3], width)` whose dimensions lie in memory in the order of x's."""
+    if width == x.shape[3]:
+        out = torch.empty_like(x)
+        if out.stride(3) == 1:
+            return out
     order = sorted(range(3), key=lambda d: x.stride(d), reverse=True)
     out = x.new_empty([*(x.shape[d] for d in order), width])
     return out.permute([*(order.index(d) for d in range(3)), 3])
