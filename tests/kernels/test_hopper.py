@@ -1,5 +1,9 @@
 """The Hopper kernel against the definition in float64, and that it compiles where there is none."""
 
+import ctypes
+import re
+import threading
+
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: no GPU kernel can
 from gpu_problems import BF16, FP16, PROBLEMS, lists_of, make, mask_of
 from sass import disassembled, resources, unset_uniform_registers
 
-from attnspan.kernels import hopper
+from attnspan.kernels import driver, hopper
 from attnspan.kernels.gpu_lists import Lists
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Full, Pattern, Sinks, SlidingWindow, Strided, plan
@@ -155,6 +159,25 @@ def test_streams_and_graphs() -> None:
         assert torch.equal(lse, wanted_lse)
 
 
+@pytest.mark.gpu
+def test_a_thread_of_its_own() -> None:
+    """One in which CUDA has no context yet; memory that torch holds already gives it none."""
+    q, k, v = make(300, 300)
+    lists = lists_of(SlidingWindow(90), 300, 300, 0)
+    wanted = hopper.forward(q, k, v, lists, 0.1)[0]
+    hopper.forward(q, k, v, lists, 0.1)
+    got = []
+    for x in (k, k[:, :, :299]):  # the latter in no shape that is known
+        lists = lists_of(SlidingWindow(90), 300, x.shape[2], 0)
+        v = v[:, :, : x.shape[2]]
+        given = q, x, v, lists, 0.1
+        thread = threading.Thread(target=lambda x=given: got.append(hopper.forward(*x)[0]))
+        thread.start()
+        thread.join()
+    assert torch.equal(got[0], wanted)
+    assert torch.equal(got[1], hopper.forward(*given)[0])
+
+
 def test_what_it_lacks_is_said() -> None:
     assert hopper.lacks(*make_qkv(4, 4)) == "it runs on NVIDIA's Hopper GPUs, not on cpu"
 
@@ -174,6 +197,20 @@ def test_it_compiles_without_a_gpu(head_dim, guess, spilled, tmp_path, monkeypat
     assert unset_uniform_registers(disassembled(cubin, tmp_path)) == []
     ((_, stack),) = resources(cubin, tmp_path).values()
     assert stack <= spilled
+    # What `forward` fills in is what the code reads.
+    sizes = [ctypes.sizeof(x) for name, x in hopper._Arguments._fields_ if name[0] != "_"]
+    parameters = r"\.param (?:\.align \d+ )?\.[a-z](\d+) .*?_param_\d+(?:\[(\d+)\])?,?$"
+    found = re.findall(parameters, kernel.asm["ptx"], re.MULTILINE)
+    assert sizes == [int(bits) // 8 * int(count or 1) for bits, count in found]
+    assert [offset % 64 for offset in hopper._MAPS] == [0] * 6
+    metas = kernel.metadata.tensordesc_meta
+    assert all(meta["swizzle"] == driver._SWIZZLE_128B for meta in metas)
+    chunk = hopper._chunk(4)
+    assert [meta["block_size"] for meta in metas] == [
+        *([1, 16, 4, 64], [1, 1, 128, 64], [1, 1, 128, 64]),
+        *([1, 1, chunk, 64], [1, 1, chunk, 64], [1, 16, 4, 64]),
+    ]
+    assert (kernel.metadata.num_ctas, kernel.metadata.launch_cooperative_grid) == (1, False)
 
 
 def test_a_register_set_on_one_path_alone_is_found() -> None:

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnspan.kernels.capability import lacks_hopper
+from attnspan.kernels.capability import lacks_hopper, processors_of
+from attnspan.kernels.triton_launch import launch
 from attnspan.kernels.view import Angles, KVView, Part, RawPart, Stored
 
 MOST_ROWS = 64  # query heads of a KV head times queries
@@ -268,7 +269,7 @@ def _attend(
     batch, heads, m, width = query.shape
     kv_heads = pieces[0].fields["key"].shape[1]
     rows, pairs, device = heads // kv_heads * m, batch * kv_heads, query.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = processors_of(device)
     sizes = [piece.keys for piece in pieces]
     some = [piece for piece in pieces if piece.keys]
     together = [piece.together(rows) for piece in some]
@@ -330,7 +331,9 @@ def _attend(
             # Many runs are merged a quarter of the channels at a time, so that all are in flight.
             channels = width if runs <= _IN_FLIGHT else 32
             finish: Any = gpu_decode_turned.finish
-            finish[(pairs, rows * (width // channels) + chunks)](
+            launch(
+                finish,
+                (pairs, rows * (width // channels) + chunks),
                 **end,
                 **{name: shared[name] for name in ("part", "stats", "scores", "runs", "kv_heads")},
                 **{name: shared[name] for name in ("starts", "M", "G", "D")},
@@ -382,7 +385,9 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
     wide = 128 // key.shape[-1]  # heads of 64 take twice the keys for the same bytes
     if piece.kind == "dense":
         kernel: Any = gpu_decode_stored.attend_dense
-        kernel[grid](
+        launch(
+            kernel,
+            grid,
             **_common(piece, key, value),
             **options,
             **shape,
@@ -392,7 +397,9 @@ def _stored(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
         return
     key_scale, value_scale = piece.fields["key_scale"], piece.fields["value_scale"]
     kernel = gpu_decode_stored.attend_int8
-    kernel[grid](
+    launch(
+        kernel,
+        grid,
         **_common(piece, key.view(torch.int32), value.view(torch.int32)),
         **options,
         **shape,
@@ -417,7 +424,9 @@ def _int4(piece: _Piece, grid: tuple[int, int], heads: int, options: dict[str, A
     mean = _dense(piece.mean.float())
     angles = piece.angles
     kernel: Any = gpu_decode_int4.attend_int4
-    kernel[grid](
+    launch(
+        kernel,
+        grid,
         **_common(piece, words["key"], words["value"]),
         **options,
         key_scale=words["key_scale"],
@@ -462,7 +471,9 @@ def _turned(piece: _Piece, grid: tuple[int, int], rows: int, options: dict[str, 
     # Partners of channels that aren't the other half of the head are read a second time.
     simple = angles["TURNED"] in (0, piece.query.shape[-1]) and not angles["INTERLEAVED"]
     kernel: Any = gpu_decode_turned.attend_turned
-    kernel[grid](
+    launch(
+        kernel,
+        grid,
         **_common(piece, fields["key"], fields["value"]),
         **options,
         **scales,

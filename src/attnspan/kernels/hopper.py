@@ -5,19 +5,22 @@ Triton is imported where it is needed: this module can be imported without it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnspan.kernels.capability import lacks_hopper
+from attnspan.kernels import driver
+from attnspan.kernels.capability import lacks_hopper, processors_of
 from attnspan.kernels.gpu_lists import Lists, Walk
 
 _BLOCK = 128  # keys
 _LOG2_E = 1.4426950408889634
+_PROMOTE_128B = 2
 
 
 def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -26,11 +29,12 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return lack
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "it has bfloat16 and float16 alone"
-    if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
+    (_, q_heads, n, head_dim), (_, heads, m, _) = q.shape, k.shape
+    if head_dim not in (64, 128) or v.shape[3] != head_dim:
         return "it has a head_dim of 64 or 128 alone, the same for k and v"
-    if q.shape[1] // k.shape[1] not in (1, 2, 4, 8):
+    if q_heads // heads not in (1, 2, 4, 8):
         return "it has 1, 2, 4 or 8 query heads per KV head alone"
-    if q.shape[2] >= 2**24 or k.shape[2] >= 2**24:
+    if n >= 2**24 or m >= 2**24:
         return "it has sequences of up to 2**24 tokens"
     return None
 
@@ -54,9 +58,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
         gives zeros and minus infinity.
     """
     batch, q_heads, n, head_dim = q.shape
-    heads, m = k.shape[1], k.shape[2]
+    _, heads, m, _ = k.shape
     assert (lists.n, lists.m) == (n, m), "lists of other lengths"
-    lse = torch.empty(batch, q_heads, n, dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=q.device)
     if not batch * heads * n * m:
         return torch.zeros_like(q), lse.fill_(-torch.inf)
     if scale == 0:
@@ -65,54 +69,100 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tupl
     elif scale < 0:
         q, scale = -q, -scale
     out = torch.empty_like(q)
-    if not _fits_tma(out):
+    if not driver.mappable(out):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k, v = (
-        x if _fits_tma(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
+    q, k, v = [
+        x if driver.mappable(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in (q, k, v)
+    ]
     groups = q_heads // heads
-    chunk = _chunk(groups)
-    walk = lists.walk(128 // groups, _BLOCK, chunk)
-    count = len(walk.tiles)
+    walk = lists.walk(128 // groups, _BLOCK, _chunk(groups))
+    count = walk.tiles.shape[0]
     tiles = count * heads * batch
     flags = torch.empty(tiles, dtype=torch.int64, device=q.device)
 
-    by_row = [1, 64 // groups, groups, head_dim]
-    arguments = (
-        _descriptor(q.transpose(1, 2), by_row),
-        *(_descriptor(x, [1, 1, size, head_dim]) for size in (_BLOCK, chunk) for x in (k, v)),
-        _descriptor(out.transpose(1, 2), by_row),
-        walk.table,
-        lists.bounds,
-        lse,
-    )
-    numbers = n, count, _side(walk, heads * batch), tiles, scale * _LOG2_E
-    grid = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    kind = q.dtype, head_dim, groups, heads, len(lists.low)
-    with torch.cuda.device(q.device):
-        for guess, marks in ((True, flags.view(torch.int8)), (False, flags)):
-            kernel, constants = _compiled(q.device.index, *kind, guess)
-            kernel[(grid, 1, 1)](*arguments, marks, *numbers, *constants)
+    strides = q.stride(), k.stride(), v.stride(), out.stride()
+    descriptors = _descriptors(q.dtype, q.shape, k.shape, *strides)
+    try:
+        arguments = _idle.pop()
+    except IndexError:
+        arguments = driver.Arguments(_Arguments)
+    ctypes.memmove(arguments.place, descriptors, len(descriptors))
+    for offset, x in zip(_MAPS, (q, k, v, k, v, out), strict=True):
+        driver.readdress(arguments.place + offset, x)
+    values = arguments.values
+    values.table, values.ranges = walk.table.data_ptr(), lists.bounds.data_ptr()
+    values.lse, values.flags = lse.data_ptr(), flags.data_ptr()
+    values.n, values.count, values.tiles = n, count, tiles
+    values.side = _side(walk, heads * batch)
+    values.c = scale * _LOG2_E
+    grid = min(tiles, processors_of(q.device)), 1, 1
+    kind = q.dtype, head_dim, groups, heads, lists.low.shape[0]
+    # The second finds the marks of the first in the same bytes, eight to a tile.
+    for guess in (True, False):
+        _loaded(q.device, *kind, guess).launch(grid, arguments.pointers)
+    _idle.append(arguments)
     return out, lse
 
 
-def _fits_tma(x: Tensor) -> bool:
-    size = x.element_size()
-    aligned = all(
-        stride * size % 16 == 0 and stride > 0
-        for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True)
-        if length > 1
+_DESCRIPTORS = "q", "k", "v", "k_chunk", "v_chunk", "out"
+
+
+class _Arguments(ctypes.Structure):
+    """What the kernel takes, in its order; `signature` has their meanings.
+
+    Of a tensor descriptor Triton 3.6 passes the map, the shape and the strides; `_` is padding, so
+    that all maps lie at multiples of 64 bytes.
+    """
+
+    _fields_ = (
+        *(
+            field
+            for name in _DESCRIPTORS
+            for field in (
+                (f"{name}_map", driver.TensorMap),
+                *((f"{name}_size_{i}", ctypes.c_int32) for i in range(4)),
+                *((f"{name}_stride_{i}", ctypes.c_int64) for i in range(4)),
+                (f"_{name}", ctypes.c_int64 * 2),
+            )
+        ),
+        *((name, ctypes.c_uint64) for name in ("table", "ranges", "lse", "flags")),
+        *((name, ctypes.c_int32) for name in ("n", "count", "side", "tiles")),
+        ("c", ctypes.c_float),
+        *((name, ctypes.c_uint64) for name in ("scratch", "profile")),
     )
-    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
-def _descriptor(x: Tensor, block: list[int]) -> Any:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+_MAPS = [getattr(_Arguments, f"{name}_map").offset for name in _DESCRIPTORS]
+# Room that no call is using; as much as there were calls at a time.
+_idle: list[driver.Arguments] = []
 
-    layout = _layout(x.dtype, tuple(block))
-    # The stride of an axis of length 1 is free in torch, but not for TMA.
-    strides = [s if length > 1 else 16 for s, length in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)
+
+@lru_cache(maxsize=256)
+def _descriptors(
+    dtype: torch.dtype, q: tuple[int, ...], k: tuple[int, ...], *strides: tuple[int, ...]
+) -> bytes:
+    """`_Arguments` with the descriptors of such tensors, but for their addresses, and no others."""
+    groups = q[1] // k[1]
+    by_row, key, chunk = (1, 64 // groups, groups), (1, 1, _BLOCK), (1, 1, _chunk(groups))
+    of_q, of_k, of_v, of_out = strides
+    made = _Arguments()
+    for name, shape, stride, box in (
+        ("q", q, of_q, by_row),
+        ("k", k, of_k, key),
+        ("v", k, of_v, key),
+        ("k_chunk", k, of_k, chunk),
+        ("v_chunk", k, of_v, chunk),
+        ("out", q, of_out, by_row),
+    ):
+        if box is by_row:
+            shape, stride = ((x[0], x[2], x[1], x[3]) for x in (shape, stride))
+        encoded = driver.encoded(dtype, shape, stride, (64, *box[::-1]), _PROMOTE_128B)
+        setattr(made, f"{name}_map", driver.TensorMap.from_buffer_copy(encoded))
+        for i in range(4):
+            setattr(made, f"{name}_size_{i}", shape[i])
+            setattr(made, f"{name}_stride_{i}", stride[i])
+    return bytes(made)
 
 
 @cache
@@ -124,12 +174,16 @@ def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> Any:
 
 
 @cache
-def _compiled(device: int, *kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel for the current device, and its constants, which follow its other arguments."""
-    import triton
+def _loaded(device: torch.device, *kind: Any) -> driver.Kernel:
+    """The kernel of a `signature`, on a device."""
+    from triton.backends.compiler import GPUTarget
 
-    kernel = compiled_for(triton.runtime.driver.active.get_current_target(), *kind)
-    return kernel, tuple(signature(*kind)[1].values())
+    made = compiled_for(GPUTarget("cuda", 90, 32), *kind)
+    about = made.metadata
+    assert not about.global_scratch_size, "it has no scratch memory"
+    assert not about.profile_scratch_size, "it is not instrumented"
+    library = driver.Library(made.asm["cubin"])
+    return library.kernel(about.name, 32 * about.num_warps, about.shared, device)
 
 
 def compiled_for(target: Any, *kind: Any) -> Any:
@@ -215,7 +269,7 @@ def _side(walk: Walk, heads: int) -> int:
     Few, so that their keys stay in the L2; but tiles of other lengths are spread evenly only if
     they go from the longest to the shortest once, of all heads.
     """
-    return 2 if heads % 2 == 0 and walk.longest * 4 >= len(walk.tiles) * 3 else heads
+    return 2 if heads % 2 == 0 and walk.longest * 4 >= walk.tiles.shape[0] * 3 else heads
 
 
 def _chunk(groups: int) -> int:

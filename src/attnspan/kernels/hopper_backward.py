@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnspan.kernels import nvrtc
+from attnspan.kernels import driver, nvrtc
+from attnspan.kernels.capability import compute_capability, processors_of
 from attnspan.kernels.hopper_backward_items import SLOT_BYTES, Shape, items_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
     if q.device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on NVIDIA's Hopper GPUs, not on {q.device.type}"
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if compute_capability(q.device)[0] != 9:
         return "it runs on NVIDIA's Hopper GPUs (compute capability 9.0) only"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it has bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
@@ -101,9 +102,9 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not batch * heads * n * m:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    dq, dk, dv = (x if nvrtc.mappable(x) else x.new_empty(x.shape) for x in (dq, dk, dv))
+    dq, dk, dv = (x if driver.mappable(x) else x.new_empty(x.shape) for x in (dq, dk, dv))
     q, k, v, out, grad_out = (
-        x if nvrtc.mappable(x) else x.clone(memory_format=torch.contiguous_format)
+        x if driver.mappable(x) else x.clone(memory_format=torch.contiguous_format)
         for x in (q, k, v, out, grad_out)
     )
     rows = tile_q(width)
@@ -111,7 +112,7 @@ def backward(
     by_row, by_column = lists.rows(rows, TILE_K), lists.columns(TILE_K, rows)
     ranges = len(lists.low)
     kernels = _kernels(options(width, q.dtype, ranges, deterministic))
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    processors = processors_of(q.device)
     side = _side(width, kv_heads)
     strips, strip_heads = batch * kv_heads // side, side * heads // kv_heads
     places = _places(lists, rows, strips, side, processors)
@@ -197,8 +198,8 @@ def backward(
         queues=queues,
         scale=scale,
     )
-    maps = (nvrtc.tensor_map(x, (64, rows, 1, 1)) for x in (q, grad_out))
-    key_maps = (nvrtc.tensor_map(x, (64, TILE_K, 1, 1)) for x in (k, v))
+    maps = (driver.tensor_map(x, (64, rows, 1, 1)) for x in (q, grad_out))
+    key_maps = (driver.tensor_map(x, (64, TILE_K, 1, 1)) for x in (k, v))
     kernels.launch(
         "attention_backward",
         (blocks, 1, 1),

@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from attnspan.kernels import nvrtc
+from attnspan.kernels import driver, nvrtc
+from attnspan.kernels.capability import compute_capability, processors_of
 
 if TYPE_CHECKING:
     from attnspan.kernels.gpu_lists import Lists
@@ -44,7 +45,7 @@ def lacks(q: Tensor, k: Tensor) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
     if q.device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on NVIDIA's Hopper GPUs, not on {q.device.type}"
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
+    if compute_capability(q.device)[0] != 9:
         return "it runs on NVIDIA's Hopper GPUs (compute capability 9.0) only"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it has bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
@@ -69,7 +70,7 @@ def received(q: Tensor, k: Tensor, lse: Tensor, lists: Lists, scale: float) -> T
     batch, kv_heads, m, width = k.shape
     heads, n = q.shape[1:3]
     q, k = (
-        x if nvrtc.mappable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k)
+        x if driver.mappable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k)
     )
     lse, low, high = lse.contiguous(), lists.low.contiguous(), lists.high.contiguous()
     group = heads // kv_heads
@@ -81,7 +82,7 @@ def received(q: Tensor, k: Tensor, lse: Tensor, lists: Lists, scale: float) -> T
     tiles = -(-m // _KEYS)
     blocks = tiles * batch * kv_heads
     # Few blocks of keys are cut into parts of their queries, for the processors to have enough.
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    processors = processors_of(q.device)
     parts = max(1, min(-(-2 * processors // blocks), longest * group // pack // 8))
     out = lse.new_empty((parts, batch, kv_heads, m))
     params = _Params(
@@ -111,7 +112,7 @@ def received(q: Tensor, k: Tensor, lse: Tensor, lists: Lists, scale: float) -> T
         _THREADS,
         SHARED_BYTES,
         q.device,
-        (nvrtc.tensor_map(q, (64, positions, pack, 1)), params),
+        (driver.tensor_map(q, (64, positions, pack, 1)), params),
     )
     return out[0] if parts == 1 else out.sum(0)
 

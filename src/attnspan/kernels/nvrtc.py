@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at run time: NVRTC, which torch brings along, and the driver, through ctypes.
+"""CUDA C++ compiled at run time by NVRTC, which torch brings along, through ctypes.
 
 NVRTC needs no GPU, so a machine without one can check that a kernel still compiles.
 """
@@ -15,22 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
-_SWIZZLE_128B = 3
-_PROMOTE_256B = 3
+from attnspan.kernels import driver
 
 
 class CompileError(RuntimeError):
     """What NVRTC said."""
-
-
-class TensorMap(ctypes.Structure):
-    """A `CUtensorMap`: how the copy engine finds boxes of a tensor."""
-
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
 @lru_cache(maxsize=1)
@@ -84,13 +74,8 @@ class Kernels:
     """
 
     def __init__(self, source: Path, options: tuple[str, ...]) -> None:
-        driver = _driver()
-        self._library = ctypes.c_void_p()
-        self._code = _cached(source, options)  # the driver may read it later than now
-        _checked(driver.cuLibraryLoadData(
-            ctypes.byref(self._library), self._code, None, None, 0, None, None, 0
-        ))  # fmt: skip
-        self._kernels: dict[tuple[str, int, int], ctypes.c_void_p] = {}
+        self._library = driver.Library(_cached(source, options))
+        self._kernels: dict[tuple[str, int, int, torch.device], driver.Kernel] = {}
 
     def launch(
         self,
@@ -102,74 +87,11 @@ class Kernels:
         arguments: tuple[Any, ...],
     ) -> None:
         """Starts a kernel on the device's current stream; `arguments` are ctypes values."""
-        with torch.cuda.device(device):
-            kernel = self._kernel(name, shared_bytes, device)
-            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(x) for x in arguments))
-            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-            _checked(_driver().cuLaunchKernel(
-                kernel, *grid, threads, 1, 1, shared_bytes, stream, pointers, None
-            ))  # fmt: skip
-
-    def _kernel(self, name: str, shared_bytes: int, device: torch.device) -> ctypes.c_void_p:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        key = name, shared_bytes, index
+        key = name, threads, shared_bytes, device
         if key not in self._kernels:
-            driver, kernel = _driver(), ctypes.c_void_p()
-            _checked(driver.cuLibraryGetKernel(ctypes.byref(kernel), self._library, name.encode()))
-            if shared_bytes > 48 * 1024:
-                handle = ctypes.c_int()
-                _checked(driver.cuDeviceGet(ctypes.byref(handle), index))
-                _checked(driver.cuKernelSetAttribute(_SHARED_SIZE, shared_bytes, kernel, handle))
-            self._kernels[key] = kernel
-        return self._kernels[key]
-
-
-def tensor_map(x: Tensor, box: tuple[int, ...]) -> TensorMap:
-    """Boxes of a tensor, their rows in the 128-byte swizzle, zeros where they leave the tensor.
-
-    Args:
-        x: its last dimension dense; address and strides multiples of 16 bytes.
-        box: sizes, from the last dimension of `x` on; the first of them 128 bytes wide.
-    """
-    size = x.element_size()
-    shape = x.shape[::-1]
-    # A dimension of one may have any stride, which the driver would refuse.
-    strides = [
-        s * size if length > 1 else 16
-        for s, length in zip(x.stride()[-2::-1], shape[1:], strict=True)
-    ]
-    made, rank = TensorMap(), x.dim()
-    # The map must lie at a multiple of 64 bytes for the encoder, and need not afterwards.
-    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
-    at = -(-ctypes.addressof(room) // 64) * 64
-    _checked(_driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at),
-        _TYPES[x.dtype],
-        rank,
-        ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * rank)(*shape),
-        (ctypes.c_uint64 * (rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*box),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
-        0,
-        _SWIZZLE_128B,
-        _PROMOTE_256B,
-        0,
-    ))  # fmt: skip
-    ctypes.memmove(ctypes.addressof(made), at, ctypes.sizeof(TensorMap))
-    return made
-
-
-def mappable(x: Tensor) -> bool:
-    """Whether `tensor_map` takes `x`."""
-    return (
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(
-            length == 1 or (s > 0 and s * x.element_size() % 16 == 0)
-            for s, length in zip(x.stride()[:-1], x.shape[:-1], strict=True)
-        )
-    )
+            self._kernels[key] = self._library.kernel(*key)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self._kernels[key].launch(grid, ctypes.addressof(pointers))
 
 
 @lru_cache(maxsize=1)
@@ -194,23 +116,11 @@ def _nvrtc() -> ctypes.CDLL:
     raise error or OSError(name)
 
 
-@lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _compiled(status: int) -> None:
     if status:
         nvrtc = _nvrtc()
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
         raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
-
-
-def _checked(status: int) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'error').decode()} ({status})")
 
 
 def _cached(source: Path, options: tuple[str, ...]) -> bytes:
