@@ -6,9 +6,6 @@ as many queries as keys. Torch keeps their log-sum-exp to itself.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.backends import cuda
@@ -43,45 +40,11 @@ def lacks(
 
 def forward(impl: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
     """Attention, differentiable; arguments as in `kernels.reference`."""
-    with _only(impl):
-        return F.scaled_dot_product_attention(
-            *(q, k, v),
-            is_causal=isinstance(pattern, Causal),
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-
-
-class _Only:
-    """`torch.nn.attention.sdpa_kernel` for one backend, in a fifth of its time."""
-
-    def __init__(self, impl: str) -> None:
-        self._impl = impl
-
-    def __enter__(self) -> None:
-        self._before = [is_on() for _, is_on, _ in _SWITCHES]
-        for name, _, switch in _SWITCHES:
-            switch(name == self._impl)
-
-    def __exit__(self, *error: object) -> None:
-        for (_, _, switch), before in zip(_SWITCHES, self._before, strict=True):
-            switch(before)
-
-
-_SWITCHES = (
-    ("flash", cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
-    ("efficient", cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
-    ("math", cuda.math_sdp_enabled, cuda.enable_math_sdp),
-    ("cudnn", cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
-)
-
-
-def _only(impl: str) -> AbstractContextManager[Any]:
-    if not torch.compiler.is_compiling():
-        return _Only(impl)
-    # The one that the compiler knows.
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(
-        SDPBackend.CUDNN_ATTENTION if impl == "cudnn" else SDPBackend.FLASH_ATTENTION
-    )
+    backend = SDPBackend.CUDNN_ATTENTION if impl == "cudnn" else SDPBackend.FLASH_ATTENTION
+    is_causal, grouped = isinstance(pattern, Causal), q.shape[1] != k.shape[1]
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
