@@ -262,10 +262,6 @@ def caption(results: dict[str, Any]) -> str:
     return f"{meta['device']}, {meta['date']}, torch {meta['torch']}, {with_them}; {bursts}"
 
 
-_PLOT = (
-    "![Rates against length and window, under the machine's ceilings]"
-    "(../benchmarks/results/gpu.png)"
-)
 _SUMMARY = (
     "On one NVIDIA GPU, beside what else PyTorch users can install, all in one run (32 query and 8 "
     "KV heads of\n128, bf16; `benchmarks/gpu.py`; [all figures, and how the kernels work]"
@@ -278,7 +274,7 @@ def fill(path: Path, results: dict[str, Any]) -> bytes:
     rows = loaded(results)
     text = path.read_text()
     tables = {
-        "goals": f"{goals_table(judged(rows))}\n\n{caption(results)}\n\n{_PLOT}",
+        "goals": f"{goals_table(judged(rows))}\n\n{caption(results)}",
         "dense": f"Dense causal attention, TFLOP/s:\n\n{dense_table(rows)}",
         "floors": floors_table(rows, results["meta"]["device"]),
         "summary": f"{_SUMMARY}\n\n{summary_table(judged(rows))}\n\n{caption(results)}",
@@ -293,7 +289,8 @@ def fill(path: Path, results: dict[str, Any]) -> bytes:
 def with_rates(known: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """`known`, rates by device for the choice of `auto`, with those of this run put in.
 
-    Of a backward, `lse` is false: what it takes and gives is the same for all.
+    Of the same versions, those of cases that this run lacks stay. Of a backward, `lse` is false:
+    what it takes and gives is the same for all.
     """
     cases = {case.name: case for case in (*CASES, *SWEEP)}
     rates = [
@@ -313,6 +310,10 @@ def with_rates(known: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]
     ]
     meta = results["meta"]
     versions = {**results["versions"], "torch": meta["torch"]}
+    before = known.get(meta["device"], {})
+    if before.get("versions") == versions:
+        fresh = {_case_of(row) for row in rates}
+        rates += [row for row in before["rates"] if _case_of(row) not in fresh]
     entry = {
         "capability": results["capability"],
         "date": meta["date"],
@@ -320,6 +321,10 @@ def with_rates(known: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]
         "rates": rates,
     }
     return {**known, meta["device"]: entry}
+
+
+def _case_of(rate: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(rate[x] for x in ("what", "head_dim", "pattern", "n", "lse"))
 
 
 def rates_text(rates: dict[str, Any]) -> str:

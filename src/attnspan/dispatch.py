@@ -387,7 +387,7 @@ def _lacks(
             return cpu.lacks(q, k, v, softcap)
         case "fa4" | "cudnn" | "flash":
             if impl == "fa4":
-                lack = fa4.lacks(q, k, v, pattern, offset, wants_lse)
+                lack = fa4.lacks(q, k, v, pattern, offset)
             else:
                 lack = fused_cuda.lacks(impl, q, k, v, pattern, offset, wants_lse)
             if lack is None and softcap is not None:

@@ -54,7 +54,11 @@ def test_peers_are_the_oracle_or_say_what_they_lack(pattern, impl) -> None:
 def test_fa4_gives_gradients_of_its_lse(pattern, n, dtype) -> None:
     pytest.importorskip("flash_attn.cute")
     held_to_the_oracle(
-        lambda q, k, v: fa4.forward(q, k, v, pattern, q.shape[3] ** -0.5), pattern, n, dtype, "fa4"
+        lambda q, k, v: attention(q, k, v, pattern, impl="fa4", return_lse=True),
+        pattern,
+        n,
+        dtype,
+        "fa4",
     )
 
 
@@ -93,7 +97,7 @@ def held_to_the_oracle(call, pattern, n: int, dtype: torch.dtype, name: str) -> 
 
 def test_they_say_what_they_lack() -> None:
     q, k, v = make_qkv(4, 4)
-    assert fa4.lacks(q, k, v, Causal(), 0, False) == "it runs on an NVIDIA GPU"
+    assert fa4.lacks(q, k, v, Causal(), 0) == "it runs on an NVIDIA GPU"
     assert fused_cuda.lacks("cudnn", q, k, v, Causal(), 0, False) == "it runs on a GPU"
     with pytest.raises(ValueError, match="impl 'fa4' can't do this: it runs on an NVIDIA GPU"):
         attention(q, k, v, Causal(), impl="fa4")
@@ -106,8 +110,8 @@ def test_what_they_lack_on_a_gpu() -> None:
         attention(q, q, q, Causal(), softcap=3.0, impl="flash")
     assert "full attention" in (fused_cuda.lacks("cudnn", q, k, v, Causal(), 10, False) or "")
     assert "log-sum-exp" in (fused_cuda.lacks("flash", q, k, v, Full(), 0, True) or "")
-    lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10, False)
+    lack = fa4.lacks(q, k, v, SlidingWindow(4) | Sinks(1), 10)
     assert lack is not None
     if "installed" not in lack:
         assert lack == "it has no SlidingWindow(4) | Sinks(1)"
-        assert fa4.lacks(q, k, v, Causal(), 3, False) == "its queries are the last ones of the keys"
+        assert fa4.lacks(q, k, v, Causal(), 3) == "its queries are the last ones of the keys"

@@ -16,9 +16,7 @@ from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.conventions import to_flash_attention
 
 
-def lacks(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, q_offset: int, wants_lse: bool
-) -> str | None:
+def lacks(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, q_offset: int) -> str | None:
     """What this implementation lacks for these inputs, as the end of a sentence; None: nothing."""
     if q.device.type != "cuda" or torch.version.hip is not None:
         return "it runs on an NVIDIA GPU"
@@ -34,8 +32,6 @@ def lacks(
         return "it takes no empty tensors"
     if q_offset != k.shape[2] - q.shape[2] or q_offset < 0:
         return "its queries are the last ones of the keys"
-    if wants_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "gradients of its log-sum-exp, which learned sinks need too, aren't held to ours yet"
     try:
         to_flash_attention(pattern)
     except ValueError:
