@@ -191,6 +191,23 @@ def test_what_torch_would_see_is_the_operator(monkeypatch) -> None:
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("impl", ["native", "cpu"])
+def test_tensors_that_only_look_plain(impl) -> None:
+    q, k, v = make_qkv(12, 20, heads=(4, 2), requires_grad=True)
+    out = attention(q, k, v, impl=impl)
+    weight = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, q, weight, retain_graph=True)
+    stacked = torch.stack([weight, -weight])
+    (mapped,) = torch.autograd.grad(out, q, stacked, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(mapped, torch.stack([grad, -grad]))
+    (none,) = torch.autograd.grad(out, q, torch._efficientzerotensor(out.shape))
+    assert not none.any()
+    with torch.no_grad():
+        negative = torch._neg_view(q)
+        expected = attention(-q, k, v, impl=impl)
+        torch.testing.assert_close(attention(negative, k, v, impl=impl), expected)
+
+
 def test_hooks_and_checkpoints_see_what_is_saved() -> None:
     q, k, v = make_qkv(12, 20, heads=(4, 2), requires_grad=True)
 

@@ -150,6 +150,8 @@ def forward(
         dtype = q.dtype if len(passes) < 3 else torch.float32
         alike = q if v.shape[3] == q.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
         out = torch.zeros_like(alike, dtype=dtype)
+        if out.stride(3) != 1:
+            out = torch.zeros(out.shape, dtype=dtype, device=q.device)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         for problem in (problem for problems in passes for problem in problems):
             for (rows, into, its_lse), keys in _views(problem, (q, out, lse[..., None]), (k, v)):

@@ -258,11 +258,19 @@ def _is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None  # pyright: ignore
-        or any(type(x) not in _PLAIN for x in tensors)
+        or any(x is not None and not _lies_in_memory(x) for x in tensors)
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+def _lies_in_memory(x: Tensor) -> bool:
+    """Whether a kernel finds the tensor's numbers where its address and strides say."""
+    return not (
+        type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_neg()
+        or x._is_zerotensor()
+        # What torch.autograd maps over, of which the interpreters' stack tells nothing.
+        or torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore
+    )
 
 
 def check_tangents(*tensors: Tensor) -> None:

@@ -65,3 +65,20 @@ def test_it_compiles_without_a_gpu(tmp_path) -> None:
     (launch,) = launches
     text = compiled(launch, 90, tmp_path).asm["ptx"]
     assert "ld.global.v4" in text, "rows are read by pieces of less than 16 bytes"
+
+
+def test_passes_of_queries_that_lie_by_channel() -> None:
+    interpret("""
+import torch
+from attnspan import gpu
+from attnspan.kernels.reference import reference
+from attnspan.patterns import SlidingWindow, Strided
+from attnspan.testing import make_qkv
+
+pattern = SlidingWindow(4) | Strided(4, 8)
+q, k, v = make_qkv(40, 40, heads=(2, 1))
+q = q.mT.contiguous().mT
+out, lse = gpu.forward("triton", q, k, v, str(pattern), 0, 0.25, None)
+exact = reference(q, k, v, pattern, scale=0.25)
+torch.testing.assert_close((out, lse), exact, atol=1e-5, rtol=1e-5)
+""")

@@ -119,7 +119,9 @@ def backward(
     free = places == strips * query_tiles
     items = items_of(lists, Shape(rows, TILE_K, strips, side, heads // kv_heads, processors, free))
     blocks = min(len(items.table), processors)
-    queues = strip_heads if strip_heads <= blocks else 1
+    # A queue is served by blocks of its own, so where places of the ring are waited for, enough of
+    # them must run at once, whatever else the GPU does; one queue is served by any block.
+    queues = strip_heads if strip_heads <= (blocks if free else blocks // 2) else 1
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)

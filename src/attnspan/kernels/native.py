@@ -91,7 +91,7 @@ def build() -> Build:
         try:
             library = ctypes.CDLL(str(path))
         except OSError:  # empty, say, after a crash of the machine
-            path.unlink()
+            path.unlink(missing_ok=True)
             library = ctypes.CDLL(str(_built(command, about)))
     except (OSError, subprocess.SubprocessError, _Failed) as error:
         return Build(None, f"it couldn't be built: {error}")

@@ -133,8 +133,9 @@ def _cached(source: Path, options: tuple[str, ...]) -> bytes:
         digest.update(f"\0{part}".encode())
     folder = _folder()
     path = folder / f"{source.stem}-{digest.hexdigest()[:24]}.cubin" if folder else None
-    if path and path.exists():
-        return path.read_bytes()
+    # An empty one is what a crash of the machine leaves.
+    if path and path.exists() and (code := path.read_bytes()):
+        return code
     code, _ = compile_source(source, options)
     if path:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
