@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnspan.dispatch import Explanation, attention, explain, received
 from attnspan.kernels.reference import reference
@@ -284,6 +285,21 @@ def test_received_is_the_sum_of_the_weights(
     for given_lse in (None, lse.to(dtype)):
         got = received(q, k, pattern, lse=given_lse, **options)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [2.0**-149, 1e8, 1e30])
+def test_received_under_caps_that_float32_lacks(softcap) -> None:
+    q, k, _ = make_qkv(50, 50)
+    weights, _ = reference(q, k, torch.eye(50)[None, None], Causal(), softcap=softcap, cast=False)
+    expected = weights.sum(2).sum(1, keepdim=True).float()
+    torch.testing.assert_close(received(q, k, softcap=softcap), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_received_of_tensors_without_memory() -> None:
+    nothing = torch._efficientzerotensor(q.shape)
+    torch.testing.assert_close(received(nothing, k), received(torch.zeros_like(q), k))
+    with FakeTensorMode():
+        assert received(torch.empty(1, 2, 9, 8), torch.empty(1, 1, 9, 8)).shape == (1, 1, 9)
 
 
 def test_received_refuses_another_lse() -> None:

@@ -254,11 +254,12 @@ def received(
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     lengths = q.shape[2], k.shape[2], offset
-    if gpu_received.lacks(q, k) is None:
+    plain = ops.is_plain(q, k, lse)
+    if plain and gpu_received.lacks(q, k) is None:
         text = _text(pattern)
         if gpu.lacks_lists(text, *lengths, q.device) is None:
             return gpu.received(q, k, lse, text, offset, factor, softcap)
-    kernel = cpu if native.lacks(q, k, k) else native
+    kernel = native if plain and _native_lacks(q, k, k, softcap) is None else cpu
     passes = ops.passes(_text(pattern), *lengths, kernel.TILE)
     return kernel.received(q, k, lse, passes, factor, softcap)
 
@@ -379,10 +380,7 @@ def _lacks(
         case "hopper" | "triton" | "decode":
             return gpu.lacks(impl, q, k, v, _text(pattern), offset, softcap)
         case "native":
-            # Beyond, float32 rounds what is capped away, or takes the cap for none.
-            if softcap is not None and not 2**-10 <= softcap <= 2**10:
-                return f"its logit soft caps lie between 2**-10 and 2**10, not at {softcap}"
-            return native.lacks(q, k, v)
+            return _native_lacks(q, k, v, softcap)
         case "cpu":
             return cpu.lacks(q, k, v, softcap)
         case "fa4" | "cudnn" | "flash":
@@ -397,6 +395,13 @@ def _lacks(
             return flex.lacks(q, k, v, wants_lse)
         case _:
             return fused.lacks(q, k, v, softcap)
+
+
+def _native_lacks(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str | None:
+    # Beyond, float32 rounds what is capped away, or takes the cap for none.
+    if softcap is not None and not 2**-10 <= softcap <= 2**10:
+        return f"its logit soft caps lie between 2**-10 and 2**10, not at {softcap}"
+    return native.lacks(q, k, v)
 
 
 def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attention") -> None:

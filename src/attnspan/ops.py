@@ -205,7 +205,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
     saved = ctx.saved_tensors
     grad_out = torch.zeros_like(saved[3]) if grad_out is None else grad_out
     # With gradients on, a graph of the gradient is asked for: the operator refuses that.
-    direct = not torch.is_grad_enabled() and _is_plain(grad_out, grad_lse, *saved)
+    direct = not torch.is_grad_enabled() and is_plain(grad_out, grad_lse, *saved)
     backward = _backward if direct else attention_backward
     return *backward(grad_out, grad_lse, *saved, *ctx.options), *(None for _ in ctx.options)
 
@@ -243,14 +243,14 @@ def run(
     own; then it must be the operator, which has rules for all of them.
     """
     given = q, k, v, pattern, q_offset, scale, softcap, impl
-    if not _is_plain(q, k, v):
+    if not is_plain(q, k, v):
         return attention(*given)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(*given)
     return _forward(*given)
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd would see an operator on these tensors."""
     return not (
         torch.compiler.is_compiling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -78,6 +79,33 @@ def test_batched_greedy_equals_single_runs(model, spec) -> None:
         for i, row in enumerate(rows):
             alone = model.generate(row[None], past_key_values=Cache(model, parse(spec)), **settings)
             assert together[i, 14:].tolist() == alone[0, len(row) :].tolist()
+
+
+def test_a_second_forward_at_once_is_refused(model) -> None:
+    ids, inside, go_on = random_ids(9), threading.Event(), threading.Event()
+    caches = [Cache(model, parse("window:4")) for _ in range(2)]
+
+    def wait(*_) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def run(cache: Cache):
+        with torch.inference_mode():
+            return model(input_ids=ids, past_key_values=cache).logits
+
+    with attach(model), ThreadPoolExecutor(1) as pool:
+        expected = run(Cache(model, parse("window:4")))
+        hook = model.get_input_embeddings().register_forward_hook(wait)
+        first = pool.submit(run, caches[0])
+        assert inside.wait(30)
+        try:
+            with pytest.raises(RuntimeError, match="another thread's forward"):
+                run(caches[1])
+        finally:
+            go_on.set()
+        assert torch.equal(first.result(), expected)
+        hook.remove()
+        assert torch.equal(run(caches[1]), expected)
 
 
 def test_any_thread_may_generate(model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -75,6 +76,7 @@ class _Attachment:
         self.turned = False  # whether the forward under way rotates q and k itself
         self.before: dict[nn.Module, Callable[..., Any] | None] = {}  # forwards of their own
         self.cache: Cache | None = None
+        self.busy = threading.Lock()
 
     def install(self) -> None:
         self.model.__dict__["_attnspan"] = self
@@ -212,12 +214,27 @@ class _Attachment:
                 f"{name} has {width} tokens; the decoder by itself takes the cache's chunk of "
                 f"{cache.chunk} or less (the whole model takes any number)"
             )
-        return self._one_forward(forward, kwargs)
+        with self._alone():
+            return self._one_forward(forward, kwargs)
 
     def _one(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         if self.model is self.base:
-            return self._one_forward(forward, kwargs)
+            with self._alone():
+                return self._one_forward(forward, kwargs)
         return forward(**kwargs)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is diverted is the model's, so two forwards at once would meet each other's."""
+        if not self.busy.acquire(blocking=False):
+            raise RuntimeError(
+                "the model is in another thread's forward with an attnspan.Cache; one at a time is "
+                "allowed"
+            )
+        try:
+            yield
+        finally:
+            self.busy.release()
 
     def _one_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """One forward of the decoder with an attnspan.Cache."""
