@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnspan.dispatch import Explanation, attention, explain, received
+from attnspan.kernels import native
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Causal, Full, Pattern, Sinks, SlidingWindow
 from attnspan.patterns.library import MOST
@@ -300,6 +301,15 @@ def test_received_of_tensors_without_memory() -> None:
     torch.testing.assert_close(received(nothing, k), received(torch.zeros_like(q), k))
     with FakeTensorMode():
         assert received(torch.empty(1, 2, 9, 8), torch.empty(1, 1, 9, 8)).shape == (1, 1, 9)
+
+
+def test_received_takes_its_kernel_under_a_default_device_too(monkeypatch) -> None:
+    called = []
+    kernel = native.received
+    monkeypatch.setattr(native, "received", lambda *x: called.append(1) or kernel(*x))
+    with torch.device("cpu"):  # a mode that sees functions
+        received(q, k)
+    assert called or native.build().lack
 
 
 def test_received_refuses_another_lse() -> None:

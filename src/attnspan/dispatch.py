@@ -254,12 +254,12 @@ def received(
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     lengths = q.shape[2], k.shape[2], offset
-    plain = ops.is_plain(q, k, lse)
-    if plain and gpu_received.lacks(q, k) is None:
+    in_memory = all(ops.lies_in_memory(x) for x in (q, k, lse))
+    if in_memory and gpu_received.lacks(q, k) is None:
         text = _text(pattern)
         if gpu.lacks_lists(text, *lengths, q.device) is None:
             return gpu.received(q, k, lse, text, offset, factor, softcap)
-    kernel = native if plain and _native_lacks(q, k, k, softcap) is None else cpu
+    kernel = native if in_memory and _native_lacks(q, k, k, softcap) is None else cpu
     passes = ops.passes(_text(pattern), *lengths, kernel.TILE)
     return kernel.received(q, k, lse, passes, factor, softcap)
 

@@ -84,25 +84,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.custom_op("attnspan::attention_backward", mutates_args=())
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pattern: str,
-    q_offset: int,
-    scale: float,
-    softcap: float | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
-    return _backward(grad_out, grad_lse, q, k, v, out, lse, pattern, q_offset, scale, softcap, impl)
-
-
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -117,6 +98,7 @@ def _backward(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
     lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
     if impl == "auto":
@@ -136,6 +118,11 @@ def _backward(
         return laid[0], laid[1], laid[2]
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
+
+
+attention_backward = torch.library.custom_op("attnspan::attention_backward", mutates_args=())(
+    _backward
+)
 
 
 def _definition(q: Tensor, k: Tensor) -> str:
@@ -205,7 +192,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
     saved = ctx.saved_tensors
     grad_out = torch.zeros_like(saved[3]) if grad_out is None else grad_out
     # With gradients on, a graph of the gradient is asked for: the operator refuses that.
-    direct = not torch.is_grad_enabled() and is_plain(grad_out, grad_lse, *saved)
+    direct = not torch.is_grad_enabled() and _is_plain(grad_out, grad_lse, *saved)
     backward = _backward if direct else attention_backward
     return *backward(grad_out, grad_lse, *saved, *ctx.options), *(None for _ in ctx.options)
 
@@ -243,14 +230,14 @@ def run(
     own; then it must be the operator, which has rules for all of them.
     """
     given = q, k, v, pattern, q_offset, scale, softcap, impl
-    if not is_plain(q, k, v):
+    if not _is_plain(q, k, v):
         return attention(*given)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(*given)
     return _forward(*given)
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd would see an operator on these tensors."""
     return not (
         torch.compiler.is_compiling()
@@ -258,14 +245,19 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None  # pyright: ignore
-        or any(x is not None and not _lies_in_memory(x) for x in tensors)
+        or any(type(x) not in _PLAIN for x in tensors)
+        or not all(x is None or lies_in_memory(x) for x in tensors)
     )
 
 
-def _lies_in_memory(x: Tensor) -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def lies_in_memory(x: Tensor) -> bool:
     """Whether a kernel finds the tensor's numbers where its address and strides say."""
     return not (
-        type(x) not in (Tensor, torch.nn.Parameter)
+        # A subclass that computes by itself, as fake tensors do, need not have any.
+        type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__  # pyright: ignore
         or x.is_neg()
         or x._is_zerotensor()
         # What torch.autograd maps over, of which the interpreters' stack tells nothing.
