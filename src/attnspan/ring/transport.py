@@ -1,0 +1,92 @@
+"""What a ring asks of whatever carries its bytes, and how it fails."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+
+class RingPeerLost(RuntimeError):
+    """A process of the ring died, hangs, or left it; what it owed never came.
+
+    Attributes:
+        ranks: those that are lost, as far as this process can tell.
+        layer: the layer whose attention waited; None where the caller named none.
+        step: what was exchanged.
+        seconds: how long this process waited.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], layer: int | None, step: str, seconds: float, why: str
+    ) -> None:
+        self.ranks, self.layer, self.step, self.seconds = tuple(ranks), layer, step, seconds
+        who = f"rank {', '.join(map(str, ranks))}" if ranks else "a rank"
+        where = f"{step} of layer {layer}" if layer is not None else step
+        super().__init__(f"ring: {who} lost after {seconds:.1f} s in {where}: {why}")
+
+
+class RingMismatch(ValueError):
+    """The ranks don't call with the same arguments; every one of them raises this alike."""
+
+
+class Pending(ABC):
+    """An exchange under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Returns when the buffers that receive are filled, and those that send are free.
+
+        Raises:
+            RingPeerLost: what is owed didn't come within the deadline, or a peer is gone.
+        """
+
+
+class Transport(ABC):
+    """Carries bytes between the processes of one ring.
+
+    Every rank calls the same methods in the same order.
+
+    Attributes:
+        rank: of this process, from 0 on.
+        size: how many processes there are.
+        sent: bytes that this process handed over for others so far.
+        waited: seconds that its host stood in waits so far.
+        layer: the layer that errors name; None: none.
+    """
+
+    rank: int
+    size: int
+    sent: int = 0
+    waited: float = 0.0
+    layer: int | None = None
+
+    @abstractmethod
+    def exchange(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], step: str
+    ) -> Pending:
+        """Sends to some peers and receives from some, at once; ranks with neither call it too.
+
+        Args:
+            sends: for each peer, a contiguous int8 tensor `(bytes,)`; both sides know the sizes.
+            receives: for each peer, the buffer that is filled, likewise.
+            step: what this is, for errors.
+        """
+
+    @abstractmethod
+    def gather(self, x: Tensor, step: str) -> Tensor:
+        """`(size, *x.shape)`: what each rank gave, in one packed all-gather.
+
+        Raises:
+            RingPeerLost: as in `Pending.wait`.
+        """
+
+    @abstractmethod
+    def agree(self, facts: Mapping[str, str], by: str) -> None:
+        """Returns if the facts are the same on all ranks.
+
+        Raises:
+            RingMismatch: on every rank alike, one sentence with the fact, the ranks and the values.
+            RingPeerLost: as in `Pending.wait`.
+        """
