@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -80,14 +81,13 @@ class GlooTransport(Transport):
         if any(other != head for other in heads):
             self.trail = Trail()
             raise RingMismatch(_strays(heads, step))
-        return (
-            take[:, HEAD.size :].contiguous().view(x.dtype).view(self.size, *x.shape).to(x.device)
-        )
+        rows = take[:, HEAD.size :].contiguous().view(x.dtype)
+        return rows.view(self.size, *x.shape).to(x.device)
 
     def agree(self, facts: Mapping[str, str], by: str) -> None:
         step = f"{by}'s agreement"
+        mine = record({**facts, "layer": str(self.layer)}, by, self.trail)
         self._begin(step)
-        mine = record(facts, by, self.trail)
         prints = self._all_gather(fingerprint(mine), PRINT, step)
         if any(other != prints[0] for other in prints):
             # All ranks see that, so all of them go on to tell each other everything.
@@ -113,25 +113,27 @@ class GlooTransport(Transport):
         now = time.monotonic()
         away = now - self._last
         if self._broken is None and away > 0.9 * self.deadline:
-            if found := self._rolls.verdict(GRACE):
+            found = self._rolls.verdict(GRACE)
+            if found is not None:
                 self._end(found, step)
         if self._broken is not None:
             verdict, where = self._broken
             again = "" if where == step else f", when {where} was exchanged"
             raise RingPeerLost(verdict.ranks, self.layer, step, away, f"{verdict.why}{again}")
 
-    def await_(self, work: dist.Work, step: str) -> None:
+    def await_(self, work: dist.Work | None, step: str) -> None:
         """Returns when the work is done; raises when it fails, or when the deadline has passed."""
         self.check(step)
+        assert work is not None, "only a process outside the group gets no work"
         began = time.monotonic()
         try:
             while not self._done(work, self.deadline - (time.monotonic() - began)):
                 if time.monotonic() - began >= self.deadline:
-                    raise self._lose(step, began, [])
+                    raise self.lose(step, began, [])
         except RuntimeError as error:
             if isinstance(error, RingPeerLost):
                 raise
-            raise self._lose(step, began, self._closed()) from error
+            raise self.lose(step, began, self._closed()) from error
         except BaseException:
             # Interrupted: what is under way can't be taken up again, and the others must not wait.
             self._end(Verdict((self.rank,), "it was interrupted"), step)
@@ -150,7 +152,8 @@ class GlooTransport(Transport):
             work.wait()
         return True
 
-    def _lose(self, step: str, began: float, closed: Sequence[int]) -> RingPeerLost:
+    def lose(self, step: str, began: float, closed: Sequence[int]) -> RingPeerLost:
+        """Ends the ring; the error to raise, once the survivors agree on who is lost."""
         standing = Standing(self.trail.count, step, time.monotonic() - began)
         if closed:
             verdict = self._rolls.closed(closed, standing, GRACE)
@@ -165,7 +168,7 @@ class GlooTransport(Transport):
         self._cut()
 
     def _closed(self) -> list[int]:
-        """The ranks to which this one has no connection any more: posting a receive fails at once."""
+        """The ranks that this one has no connection to any more: a receive from them can't begin."""
         return [rank for rank in self._others() if not self._receive(rank)]
 
     def _cut(self) -> None:
@@ -194,13 +197,13 @@ class _Flight(Pending):
     def __init__(
         self,
         transport: GlooTransport,
-        work: dist.Work,
+        work: dist.Work | None,
         step: str,
         land: Callable[[], None],
         buffers: tuple[Tensor, Tensor],
     ) -> None:
         self._transport, self._step, self._land, self._buffers = transport, step, land, buffers
-        self._work: dist.Work | None = work
+        self._work = work
 
     def wait(self) -> None:
         if self._work is None:
@@ -215,8 +218,8 @@ def _one_buffer(
 ) -> tuple[Tensor, list[int], Callable[[], None]]:
     """One host buffer for all parts, in the order of their ranks, and each rank's bytes in it.
 
-    The last of the three brings what the buffer received to where it belongs. Parts on the host that
-    already lie one behind the other are the buffer themselves.
+    The last of the three brings what the buffer received to where it belongs. Parts on the host
+    that already lie one behind the other are the buffer themselves.
     """
     sizes = [parts[rank].numel() if rank in parts else 0 for rank in range(size)]
     rows = [parts[rank] for rank in range(size) if sizes[rank]]
@@ -247,7 +250,7 @@ def _adjacent(rows: Sequence[Tensor]) -> bool:
     return all(
         row.untyped_storage().data_ptr() == memory
         and before.data_ptr() + before.numel() == row.data_ptr()
-        for before, row in zip(rows, rows[1:], strict=False)
+        for before, row in pairwise(rows)
     )
 
 

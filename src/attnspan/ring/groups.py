@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroup
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
 
 from .gloo import GlooTransport
 from .nccl import NcclTransport
@@ -55,9 +57,8 @@ def transport_of(
     if device is not None and torch.device(device).type == "cpu" and "gloo" in backends.values():
         kind = "gloo"
     if kind not in backends.values():
-        raise ValueError(
-            f"group: its backend is {', '.join(sorted(set(backends.values())))}; gloo and nccl are allowed"
-        )
+        names = ", ".join(sorted(set(backends.values())))
+        raise ValueError(f"group: its backend is {names}; gloo and nccl are allowed")
     kept = _KEPT.setdefault(members, {})
     if kind not in kept:
         kept[kind] = (NcclTransport if kind == "nccl" else GlooTransport)(members, deadline)
@@ -70,9 +71,10 @@ def transport_of(
 def init(backend: str = "gloo", timeout: float = 300.0) -> None:
     """Makes the default process group from what `torchrun` put into the environment.
 
-    Beside `torch.distributed.init_process_group` it survives `torchrun --max-restarts`: the store of
-    the agent lives on over a restart, and what the lost attempt wrote there misleads the next one, so
-    each attempt writes under a name of its own. With NCCL it also takes the GPU of `LOCAL_RANK`.
+    Beside `torch.distributed.init_process_group` it survives `torchrun --max-restarts`: the store
+    of the agent lives on over a restart, and what the lost attempt wrote there misleads the next
+    one, so each attempt writes under a name of its own. With NCCL it also takes the GPU of
+    `LOCAL_RANK`.
 
     Args:
         backend: as torch names it: `"gloo"`, `"nccl"`, `"cpu:gloo,cuda:nccl"`.
@@ -90,7 +92,7 @@ def init(backend: str = "gloo", timeout: float = 300.0) -> None:
     if "nccl" in backend:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     patience = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, world = next(rendezvous("env://", timeout=patience))
     store = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     others = store.compare_set("attnspan.ring/world", "", str(world)).decode()
     if others != str(world):

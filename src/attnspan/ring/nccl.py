@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import Trail
 from .gloo import GlooTransport
-from .rollcall import Standing
 from .transport import Pending, RingPeerLost, Transport, checked
 
 
@@ -35,8 +33,8 @@ class _Sent:
 class NcclTransport(Transport):
     """A ring over a process group that has NCCL.
 
-    Waits are the stream's, not the host's: `waited` stays 0 but for `agree`, which goes over gloo. A
-    peer that is lost is found by `agree`, and by a look at earlier exchanges whenever another one
+    Waits are the stream's, not the host's: `waited` stays 0 but for `agree`, which goes over gloo.
+    A peer that is lost is found by `agree`, and by a look at earlier exchanges whenever another one
     begins: the device reached it, and more than the deadline later it hasn't ended. Then the
     communicator is aborted, without which nothing on the device would end, the process included.
 
@@ -77,8 +75,8 @@ class NcclTransport(Transport):
             for peer, x in parts.items():
                 if not x.is_cuda:
                     raise ValueError(
-                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL tensors on a CUDA "
-                        "device are allowed (a gloo group takes both)"
+                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL those on a CUDA "
+                        "device are allowed (over gloo both)"
                     )
         self._begin(step)
         group = self.group
@@ -144,7 +142,7 @@ class NcclTransport(Transport):
                 flight.since = now
             if flight.since is not None and now - flight.since > self.deadline:
                 self._side.layer = flight.layer
-                error = self._side.silent_since(flight.since, flight.step)
+                error = self._side.lose(flight.step, flight.since, [])
                 self._abort()
                 raise error
             return

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore, get_global_rank
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import ProcessGroup, get_global_rank
 
 T = TypeVar("T")
 LOOK_EVERY = 0.02
@@ -43,7 +44,7 @@ class RollCall:
 
     Each writes that it is still there before it leaves. The first to know who is lost writes the
     verdict, which all others take over, also one that comes back late. Keys carry the count of
-    transports that this process made on the group's store, so that nothing of an earlier one is read.
+    transports that this process made on the group's store: nothing of an earlier one is read.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -64,7 +65,7 @@ class RollCall:
     def closed(self, ranks: Sequence[int], standing: Standing, seconds: float) -> Verdict:
         """The verdict, after the connections to some ranks broke.
 
-        Those of them that stood up for the roll call broke theirs on purpose, and will say who is lost.
+        Those of them that stood up for the roll call broke theirs on purpose: they know who is lost.
         """
 
         def work() -> Verdict:

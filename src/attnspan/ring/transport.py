@@ -109,6 +109,6 @@ def checked(
                 )
             if x.dtype != int8 or x.ndim != 1 or not x.is_contiguous():
                 raise ValueError(
-                    f"{name}: {tuple(x.shape)} {x.dtype} with strides {x.stride()} for rank {peer}; "
+                    f"{name}: {tuple(x.shape)} {x.dtype} of strides {x.stride()} for rank {peer}; "
                     "a contiguous int8 tensor (bytes,) is allowed"
                 )
