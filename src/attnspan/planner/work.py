@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,28 +83,57 @@ class Work:
         return self.needs.sum(1) - self.needs.diagonal()
 
     @cached_property
-    def rounds(self) -> tuple[tuple[int, int], ...]:
-        """Round by round the most pairs that a rank computes and the most keys that one receives.
+    def rounds(self) -> tuple[Round, ...]:
+        """What the ring does, round by round.
 
         Round 0 is a rank's own shard. In step t rank r receives from rank r - t. Steps in which
         nobody needs anything vanish, and steps are joined into a round while no rank receives more
         than a shard's keys in it. All ranks wait for the slowest in each round.
         """
         ranks = np.arange(self.size)
-        rounds = [(int(self.pairs.diagonal().max()), 0)]
-        pairs = keys = np.zeros(self.size, np.int64)
+        none = np.zeros(self.size, np.int64)
+        rounds = [Round(int(self.pairs.diagonal().max()), 0, 0)]
+        pairs = received = sent = none
         for step in range(1, self.size):
             other = ranks - step
             more = self.needs[ranks, other]
             if not more.any():
                 continue
-            if keys.any() and int((keys + more).max()) > self.shard:
-                rounds.append((int(pairs.max()), int(keys.max())))
-                pairs = keys = np.zeros(self.size, np.int64)
-            pairs, keys = pairs + self.pairs[ranks, other], keys + more
-        if keys.any():
-            rounds.append((int(pairs.max()), int(keys.max())))
+            if received.any() and int((received + more).max()) > self.shard:
+                rounds.append(_round(pairs, received, sent))
+                pairs = received = sent = none
+            pairs, received = pairs + self.pairs[ranks, other], received + more
+            sent = sent + self.needs[ranks - self.size + step, ranks]
+        if received.any():
+            rounds.append(_round(pairs, received, sent))
         return tuple(rounds)
+
+    @property
+    def at_once(self) -> tuple[Round, ...]:
+        """The same with one round for all that others hold."""
+        own = self.pairs.diagonal()
+        rest = _round(self.pairs.sum(1) - own, self.received, self.sent)
+        first = Round(int(own.max()), 0, 0)
+        return (first, rest) if rest.received else (first,)
+
+
+class Round(NamedTuple):
+    """The most that any rank has in a round.
+
+    Attributes:
+        pairs: that it computes.
+        received: keys that come in.
+        moved: keys that come in or go out, whichever are more.
+    """
+
+    pairs: int
+    received: int
+    moved: int
+
+
+def _round(pairs: Table, received: Table, sent: Table) -> Round:
+    keys = int(received.max())
+    return Round(int(pairs.max()), keys, max(keys, int(sent.max())))
 
 
 def work(pattern: Pattern, n: int, size: int, layout: str) -> Work:
