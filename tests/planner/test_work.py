@@ -126,7 +126,7 @@ def test_sinks_and_window_join_into_one_round() -> None:
 def test_rounds_hold_all_work_where_ranks_are_alike() -> None:
     causal = work(parse("Causal()"), 4096, 8, "zigzag")
     assert len(causal.rounds) == 8
-    assert sum(pairs for pairs, _ in causal.rounds) == causal.pairs.sum(1).max()
+    assert sum(each.pairs for each in causal.rounds) == causal.pairs.sum(1).max()
     assert causal.imbalance == 0
     contiguous = work(parse("Causal()"), 4096, 8, "contiguous")
     assert contiguous.imbalance == pytest.approx(7 / 8, abs=0.01)

@@ -79,6 +79,11 @@ class Simulation:
         weights: "bf16", or "fp8": feed-forward weights of one byte, multiplied at twice the rate.
         inner: the link between those `tensor` devices.
 
+    Attributes:
+        heads: of a rank of the ring.
+        patterns: (layers, pattern), each pattern once.
+        exact: False where a stride makes figures estimates.
+
     Raises:
         ValueError: heads that can't be split so, or as in `attnspan.planner.work.work`.
     """
@@ -110,9 +115,9 @@ class Simulation:
             if pattern is None
             else [pattern] * spec.layers
         )
-        self.layers: list[tuple[int, Pattern, Callable[[int], Work]]] = [
-            (count, each, works(each, context, layout)) for each, count in Counter(patterns).items()
-        ]
+        self.patterns = [(count, each) for each, count in Counter(patterns).items()]
+        self._layers = [(count, works(each, context, layout)) for count, each in self.patterns]
+        self.exact = all(of(1).exact for _, of in self._layers)
 
     def ranks(self, devices: int) -> int:
         """Of the ring.
@@ -131,11 +136,11 @@ class Simulation:
         """The schedule that takes the fewest seconds in the kind of layer that takes the most."""
         size = self.ranks(devices)
 
-        def seconds(layer: tuple[int, Pattern, Callable[[int], Work]]) -> float:
-            return layer[0] * cost("ring", layer[2], size, self.heads, self.machine).seconds
+        def seconds(layer: tuple[int, Callable[[int], Work]]) -> float:
+            return layer[0] * cost("ring", layer[1], size, self.heads, self.machine).seconds
 
-        heaviest = max(self.layers, key=seconds)
-        return choose(heaviest[2], size, self.heads, self.machine).schedule
+        heaviest = max(self._layers, key=seconds)
+        return choose(heaviest[1], size, self.heads, self.machine).schedule
 
     def prefill(self, devices: int, schedule: str) -> Prefill:
         """What so many devices take.
@@ -146,7 +151,7 @@ class Simulation:
         spec, size = self.spec, self.ranks(devices)
         costs = [
             (count, cost(schedule, of, size, self.heads, self.machine))
-            for count, _, of in self.layers
+            for count, of in self._layers
         ]
 
         def total(field: Callable[[Cost], float]) -> float:
