@@ -47,8 +47,7 @@ class NcclTransport(Transport):
         self._group = weakref.ref(group)
         self.rank, self.size = group.rank(), group.size()
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._side_group = _side(group)
-        self._side = GlooTransport(self._side_group, deadline)
+        self._side = GlooTransport(group, deadline)
         self._flights: deque[_Sent] = deque()
         # NCCL connects all ranks in the first call; a batch of some pairs alone would hang there.
         dist.all_reduce(torch.zeros(1, device=self._device), group=group)
@@ -75,8 +74,8 @@ class NcclTransport(Transport):
             for peer, x in parts.items():
                 if not x.is_cuda:
                     raise ValueError(
-                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL those on a CUDA "
-                        "device are allowed (over gloo both)"
+                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL those on CUDA "
+                        "devices are allowed (over gloo both)"
                     )
         self._begin(step)
         group = self.group
@@ -122,6 +121,7 @@ class NcclTransport(Transport):
 
     def _begin(self, step: str) -> None:
         self.watch(step)
+        self._side.layer = self.layer
         self._side.check(step)
         self._side.trail.add(step, self.layer)
 
@@ -163,13 +163,3 @@ class _Flight(Pending):
         for work in self._works:
             work.wait()
         self._works = []
-
-
-def _side(group: ProcessGroup) -> ProcessGroup:
-    """A group of the same processes that has gloo: the same one where it has both."""
-    if dist.get_backend_config(group).find("cpu:gloo") >= 0:
-        return group
-    ranks = dist.get_process_group_ranks(group)
-    side = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(side, ProcessGroup)
-    return side

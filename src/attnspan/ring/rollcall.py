@@ -51,7 +51,7 @@ class RollCall:
         store: Store = group.get_group_store()
         self.rank, self.size = group.rank(), group.size()
         epoch = store.add(f"attnspan.ring/epoch/{self.rank}", 1)
-        self._store = PrefixStore(f"attnspan.ring/{epoch}", store)
+        self.store = PrefixStore(f"attnspan.ring/{epoch}", store)
         self._host = _host(store, group)
 
     def verdict(self, seconds: float) -> Verdict | None:
@@ -65,7 +65,7 @@ class RollCall:
     def closed(self, ranks: Sequence[int], standing: Standing, seconds: float) -> Verdict:
         """The verdict, after the connections to some ranks broke.
 
-        Those of them that stood up for the roll call broke theirs on purpose: they know who is lost.
+        Those of them that stood up for the roll call broke theirs on purpose, knowing who is lost.
         """
 
         def work() -> Verdict:
@@ -109,7 +109,7 @@ class RollCall:
 
     def _all_there(self) -> Verdict:
         """All are alive, and yet what one waits for didn't come."""
-        texts = [self._store.get(f"here/{rank}").decode() for rank in range(self.size)]
+        texts = [self.store.get(f"here/{rank}").decode() for rank in range(self.size)]
         stand = [Standing(**json.loads(text)) for text in texts]
         if len({(s.call, s.step) for s in stand}) == 1:
             last = min(range(self.size), key=lambda rank: stand[rank].waited)
@@ -120,19 +120,19 @@ class RollCall:
         return Verdict(behind, f"all are alive, but not in the same call: {where}")
 
     def _stand_up(self, standing: Standing) -> None:
-        self._store.set(f"here/{self.rank}", json.dumps(asdict(standing)))
+        self.store.set(f"here/{self.rank}", json.dumps(asdict(standing)))
 
     def _stands(self, rank: int) -> bool:
-        return self._store.check([f"here/{rank}"])
+        return self.store.check([f"here/{rank}"])
 
     def _written(self) -> Verdict | None:
-        if not self._store.check(["verdict"]):
+        if not self.store.check(["verdict"]):
             return None
-        return _read(self._store.get("verdict"))
+        return _read(self.store.get("verdict"))
 
     def _write(self, verdict: Verdict) -> Verdict:
         text = json.dumps([verdict.ranks, verdict.why])
-        return _read(self._store.compare_set("verdict", "", text))
+        return _read(self.store.compare_set("verdict", "", text))
 
     def _or_gone(
         self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
