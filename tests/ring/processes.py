@@ -2,8 +2,8 @@
 
     run("ring.workers:total", 4, 10)      # total(rank, size, 10) in 4 processes; what each returned
 
-They are forked from a server that has imported torch once, so that starting them costs little. Whatever
-happens, none of them is left when `run`, or the `with` of `started`, ends.
+They are forked from a server that has imported torch once, so that starting them costs little.
+Whatever happens, none of them is left when `run`, or the `with` of `started`, ends.
 """
 
 from __future__ import annotations

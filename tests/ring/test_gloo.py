@@ -1,4 +1,4 @@
-"""The gloo transport between real processes: the right bytes, or an error that names who is lost."""
+"""gloo between real processes: the right bytes, or an error that names who is lost."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def test_a_rank_that_hangs_is_named_after_the_deadline(when: str) -> None:
 @pytest.mark.parametrize("sleep", [DEADLINE + 0.7, DEADLINE + GRACE + 1.0])
 def test_a_rank_that_is_late_finds_the_ring_broken(sleep: float) -> None:
     """Within the others' roll call, and after it."""
-    with started("ring.workers:broken", 3, 1, "slow", DEADLINE, sleep) as processes:
+    late = started("ring.workers:broken", 3, 1, "slow", DEADLINE, sleep, store="file")
+    with late as processes:
         outcomes = processes.outcomes(20.0)
     for outcome in outcomes:
         assert outcome.exit == 0, outcome.output

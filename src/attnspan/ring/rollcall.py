@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -15,6 +16,7 @@ from torch.distributed import ProcessGroup, get_global_rank
 
 T = TypeVar("T")
 LOOK_EVERY = 0.02
+LINGER = 0.3
 CLOSED = "its connection closed: it died, or left the ring"
 
 
@@ -116,6 +118,9 @@ class RollCall:
             return Verdict((last,), "it came later than the deadline allows")
         furthest = max(s.call for s in stand)
         behind = tuple(rank for rank, s in enumerate(stand) if s.call < furthest)
+        (most, times), *_ = Counter((s.call, s.step) for s in stand).most_common(1)
+        if not behind and 2 * times > self.size:
+            behind = tuple(rank for rank, s in enumerate(stand) if (s.call, s.step) != most)
         where = ", ".join(f"rank {rank} in call {s.call}, {s.step}" for rank, s in enumerate(stand))
         return Verdict(behind, f"all are alive, but not in the same call: {where}")
 
@@ -138,7 +143,11 @@ class RollCall:
         self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
     ) -> Verdict:
         try:
-            return self._within(seconds, work)
+            verdict = self._within(seconds, work)
+            if self.rank in self._host[0]:
+                # The store ends with this process: the others have to read it first.
+                time.sleep(LINGER)
+            return verdict
         except StoreGone:
             ranks, name = self._host
             why = f"the group's store doesn't answer any more, and it lies with {name}"
