@@ -25,6 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["pytest", "torch", "torch.distributed.device_mesh", "attnspan.ring.groups"]
 ALIKE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -137,7 +138,7 @@ def started(
     """The processes of `run`, for tests that do something to them."""
     server = multiprocessing.get_context("forkserver")
     # Without `__main__`: the tests' own has nothing to do with what runs there.
-    server.set_forkserver_preload(["torch", "torch.distributed", "attnspan.ring.groups"])
+    server.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_port()}"
         before = {name: os.environ.get(name) for name in ALIKE}
