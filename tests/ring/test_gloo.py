@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ring.processes import Outcome, run, started
 
-DEADLINE = 1.5
-GRACE = 2.0
+DEADLINE = 1.0
+GRACE = 1.0
 # Of the machine that runs the tests, which others may use too.
 SLACK = 1.5
 
@@ -102,7 +102,7 @@ def test_a_rank_that_hangs_is_named_after_the_deadline(when: str) -> None:
         assert outcome.value["seconds"] > 0.9 * DEADLINE
 
 
-@pytest.mark.parametrize("sleep", [DEADLINE + 0.7, DEADLINE + GRACE + 1.0])
+@pytest.mark.parametrize("sleep", [DEADLINE + 0.4, DEADLINE + GRACE + 0.8])
 def test_a_rank_that_is_late_finds_the_ring_broken(sleep: float) -> None:
     """Within the others' roll call, and after it."""
     late = started("ring.workers:broken", 3, 1, "slow", DEADLINE, sleep, store="file")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ring.processes import mark
 
+from attnspan.ring.gloo import GlooTransport
 from attnspan.ring.groups import transport_of
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
@@ -155,7 +156,8 @@ def broken(
     rank: int, size: int, which: int, when: str, deadline: float, sleep: float = 0.0
 ) -> dict[str, Any]:
     """A ring that loses rank `which`, and how this rank was told; till then all bytes are right."""
-    transport = transport_of(None, deadline)
+    transport = transport_of()
+    assert transport_of(None, deadline) is transport
     transport.layer = 7
     for t in range(3):
         swap(transport, t)
@@ -275,10 +277,12 @@ def too_short(rank: int, size: int) -> dict[str, Any]:
 
 def absent(rank: int, size: int) -> dict[str, Any]:
     if rank == 2:
-        time.sleep(5.0)
+        time.sleep(3.5)
         return {}
+    group = dist.group.WORLD
+    assert group is not None
     try:
-        transport_of(None, 1.0)
+        GlooTransport(group, 1.0, patience=1.0)
     except RingPeerLost as error:
         return {"ranks": error.ranks, "text": str(error), "seconds": error.seconds}
     raise AssertionError("a ring without rank 2")

@@ -20,8 +20,10 @@ from .links import Links, done
 from .rollcall import RollCall, Standing, Verdict
 from .transport import Pending, RingMismatch, RingPeerLost, Transport, checked
 
-# Seconds that all have for standing up in a roll call.
+# Seconds that all have for standing up in a roll call, at most.
 GRACE = 2.0
+# Seconds that they have for making their connections: the first to come has nothing to load.
+PATIENCE = 60.0
 HEAD = struct.Struct("<8sQ")
 TAIL = 8
 
@@ -36,27 +38,35 @@ class GlooTransport(Transport):
 
     Args:
         group: of which this process is a member; needed for its store and its ranks alone.
-        deadline: seconds that a wait may last; also for the others to come here.
+        deadline: seconds that a wait may last.
+        patience: seconds that the others have to come here.
 
     Raises:
         RingPeerLost: not all came.
     """
 
-    def __init__(self, group: ProcessGroup, deadline: float = 10.0) -> None:
+    def __init__(
+        self, group: ProcessGroup, deadline: float = 10.0, patience: float = PATIENCE
+    ) -> None:
         self.rank, self.size, self.deadline = group.rank(), group.size(), deadline
         self.trail = Trail()
         self._rolls = RollCall(group)
         self._broken: tuple[Verdict, str] | None = None
-        self._last = began = time.monotonic()
+        began = time.monotonic()
         step = "the making of its connections"
         try:
-            self._links = Links(self._rolls.store, self.rank, self.size, deadline)
+            self._links = Links(self._rolls.store, self.rank, self.size, patience)
         except RuntimeError as error:
             standing = Standing(0, step, time.monotonic() - began)
-            verdict = self._rolls.silent(standing, GRACE, _nothing)
+            verdict = self._rolls.silent(standing, self._grace, _nothing)
             waited = time.monotonic() - began
             raise RingPeerLost(verdict.ranks, None, step, waited, verdict.why) from error
+        self._last = time.monotonic()
         weakref.finalize(self, self._links.end)
+
+    @property
+    def _grace(self) -> float:
+        return min(GRACE, self.deadline)
 
     def exchange(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], step: str
@@ -105,7 +115,7 @@ class GlooTransport(Transport):
         """Raises if the ring is broken, or if the others gave up while this process was away."""
         away = time.monotonic() - self._last
         if self._broken is None and away > 0.9 * self.deadline:
-            found = self._rolls.verdict(GRACE)
+            found = self._rolls.verdict(self._grace)
             if found is not None:
                 self._end(found, step)
         if self._broken is not None:
@@ -142,9 +152,9 @@ class GlooTransport(Transport):
         """
         standing = Standing(self.trail.count, step, time.monotonic() - began)
         if closed:
-            verdict = self._rolls.closed(closed, standing, GRACE)
+            verdict = self._rolls.closed(closed, standing, self._grace)
         else:
-            verdict = self._rolls.silent(standing, GRACE, self._links.cut)
+            verdict = self._rolls.silent(standing, self._grace, self._links.cut)
         self._end(verdict, step)
         waited = time.monotonic() - began
         return RingPeerLost(verdict.ranks, self.layer, step, waited, verdict.why)

@@ -32,8 +32,8 @@ def transport_of(
 ) -> Transport:
     """What carries bytes between the members of a group; made once for each group, and kept.
 
-    The first call for a group is collective: all its members make it. Ranks are those in the group.
-    A group may be a part of the world.
+    The first call for a group is collective: all its members make it, within a minute. Ranks are
+    those in the group, which may be a part of the world.
 
     Args:
         group: None: the default group; a mesh: its one dimension; a transport: itself, as it is.
