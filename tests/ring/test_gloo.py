@@ -157,3 +157,8 @@ def test_a_process_exits_with_an_exchange_under_way() -> None:
         outcomes = processes.outcomes(10.0, leave=[1])
     assert outcomes[0].exit == 0, outcomes[0].output
     assert time.monotonic() - began < 8.0
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_go_through_pinned_memory() -> None:
+    run("ring.workers:gpu", 2)

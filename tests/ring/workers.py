@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ring.processes import mark
 
 from attnspan.ring.gloo import GlooTransport
-from attnspan.ring.groups import transport_of
+from attnspan.ring.groups import init, transport_of
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
@@ -83,6 +83,20 @@ def gathers(rank: int, size: int) -> None:
     out = transport.gather(strided, "strided")
     assert all(torch.equal(out[r], strided - rank + r) for r in range(size))
     assert transport.sent == (size - 1) * (48 + sum(dtype.itemsize for dtype in DTYPES) * 23)
+
+
+def gpu(rank: int, size: int) -> None:
+    transport = transport_of(device="cuda")
+    assert isinstance(transport, GlooTransport)
+    others = [r for r in range(size) if r != rank]
+    for n in (5, 3 << 20):
+        sends = {r: message(rank, r, n).cuda() for r in others}
+        receives = {r: torch.zeros(n, dtype=torch.int8, device="cuda") for r in others}
+        transport.exchange(sends, receives, "keys").wait()
+        assert all(torch.equal(receives[r].cpu(), message(r, rank, n)) for r in others)
+    out = transport.gather(torch.full((3,), rank, device="cuda"), "rows")
+    assert out.is_cuda
+    assert out[:, 0].tolist() == list(range(size))
 
 
 def disagreements(rank: int, size: int) -> list[str]:
@@ -294,6 +308,107 @@ def dropped(rank: int, size: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     transport.exchange({}, {1: torch.empty(8, dtype=torch.int8)}, "dropped")
+
+
+def restarted(rank: int, size: int, port: int, attempt: int, last: bool) -> int:
+    """One attempt of a job under torchrun: but in the last one a rank dies."""
+    agent = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    agent |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({name: str(value) for name, value in agent.items()})
+    init(timeout=20.0)
+    transport = transport_of()
+    for t in range(5):
+        if rank == attempt % size and t == 3 and not last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        swap(transport, t)
+    dist.destroy_process_group()
+    return attempt
+
+
+def other_world(rank: int, size: int, port: int) -> str:
+    """The last rank believes in one process more than the others."""
+    agent = {"RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    agent |= {"WORLD_SIZE": size + (rank == size - 1), "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({name: str(value) for name, value in agent.items()})
+    if rank == size - 1:
+        time.sleep(0.5)
+    with pytest.raises((RingMismatch, RuntimeError)) as error:
+        init(timeout=2.0)
+    return f"{error.type.__name__}: {error.value}"
+
+
+def other_backend(rank: int, size: int) -> str:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    with pytest.raises(ValueError, match="group: ") as error:
+        transport_of()
+    return str(error.value)
+
+
+class Event:
+    """Of a device that is as far as the host, or stands still."""
+
+    reached = True
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return Event.reached
+
+
+class Hung:
+    """A work that never ends."""
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        pass
+
+
+def nccl(rank: int, size: int) -> dict[str, Any]:
+    """The NCCL transport, on processors: gloo's point-to-point in the place of NCCL's."""
+    from attnspan.ring import nccl
+
+    nccl._device = lambda: torch.device("cpu")
+    torch.cuda.Event = Event
+    group = dist.group.WORLD
+    assert group is not None
+    transport = nccl.NcclTransport(group, 1.0)
+    for t in range(4):
+        swap(transport, t)
+    out = transport.gather(torch.full((2, 3), float(rank)), "rows")
+    assert out[:, 1, 2].tolist() == list(range(size))
+    transport.agree({"k": "same"}, "ring_attention")
+    with pytest.raises(RingMismatch, match="calls with k"):
+        transport.agree({"k": str(rank == 0)}, "ring_attention")
+    swap(transport, 1)
+    meta = torch.empty(4, dtype=torch.int8, device="meta")
+    with pytest.raises(ValueError, match="over NCCL those on CUDA devices are allowed"):
+        transport.exchange({(rank + 1) % size: meta}, {}, "keys")
+    assert transport.waited > 0
+    assert transport.sent > 0
+
+    # Nothing is lost while the device is still at what came before.
+    dist.batch_isend_irecv = lambda batch: [Hung()]
+    Event.reached = False
+    other, before = (rank + 1) % size, (rank - 1) % size
+    give, take = torch.zeros(9, dtype=torch.int8), torch.zeros(9, dtype=torch.int8)
+    transport.layer = 3
+    transport.exchange({other: give}, {before: take}, "keys").wait()
+    transport.layer = 4
+    time.sleep(1.5)
+    transport.exchange({}, {}, "nothing")
+    Event.reached = True
+    transport.exchange({}, {}, "nothing")
+    time.sleep(1.5)
+    with pytest.raises(RingPeerLost) as error:
+        transport.exchange({}, {}, "nothing")
+    with pytest.raises(RingPeerLost):
+        transport.agree({}, "again")
+    return {"text": str(error.value), "layer": error.value.layer, "step": error.value.step}
 
 
 def costs(rank: int, size: int, repeats: int) -> dict[str, float]:

@@ -72,7 +72,7 @@ class GlooTransport(Transport):
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], step: str
     ) -> Pending:
         checked(self, sends, receives)
-        self._begin(step)
+        self.begin(step)
         give, gives, _ = _one_buffer(sends, self.size, filled=True)
         take, takes, land = _one_buffer(receives, self.size, filled=False)
         self.sent += give.numel()
@@ -81,7 +81,7 @@ class GlooTransport(Transport):
         return _Flight(self, work, step, tails, land)
 
     def gather(self, x: Tensor, step: str) -> Tensor:
-        self._begin(step)
+        self.begin(step)
         raw = x.detach().contiguous().reshape(-1).view(torch.int8)
         head = HEAD.pack(self.trail.mark, raw.numel())
         mine = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.int8), raw.cpu()])
@@ -97,7 +97,7 @@ class GlooTransport(Transport):
     def agree(self, facts: Mapping[str, str], by: str) -> None:
         step = f"the agreement of {by}"
         mine = record({**facts, "layer": str(self.layer)}, by, self.trail)
-        self._begin(step)
+        self.begin(step)
         prints = self._tell_all(fingerprint(mine), PRINT, step)
         if any(other != prints[0] for other in prints):
             # All ranks see that, so all of them go on to tell each other everything.
@@ -165,7 +165,8 @@ class GlooTransport(Transport):
         self._end(verdict, step)
         return RingPeerLost(verdict.ranks, self.layer, step, 0.0, verdict.why)
 
-    def _begin(self, step: str) -> None:
+    def begin(self, step: str) -> None:
+        """Counts a call that all make; raises as `check` does."""
         self.check(step)
         self.trail.add(step, self.layer)
         self._last = time.monotonic()
