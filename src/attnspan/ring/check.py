@@ -80,11 +80,7 @@ def exactness(t: Transport) -> list[dict[str, Any]]:
         exact = _solved((q, k, v), grad, partial(_defined, pattern=pattern))
         single = _solved((q, k, v), grad, partial(attention, pattern=pattern))
 
-        def ringed(
-            *x: Tensor, p: Pattern = pattern, at: Layout = layout, s: str = schedule
-        ) -> Tensor:
-            return ring_attention(*x, p, group=t, layout=at, schedule=s)
-
+        options: dict[str, Any] = {"group": t, "layout": layout, "schedule": schedule}
         *given, own_grad = (layout.shard(x, 2, t.rank, t.size) for x in (q, k, v, grad))
         mine = _solved(given, own_grad, partial(ring_attention, pattern=pattern, **options))
         shards = [layout.shard(x, 2, t.rank, t.size) for x in exact]
