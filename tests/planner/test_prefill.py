@@ -47,27 +47,32 @@ def test_tensor_parallelism_shares_heads_and_weights() -> None:
 
 
 def test_beside_published_times() -> None:
-    """Meta, https://arxiv.org/abs/2411.01783: 1M tokens on 16 hosts of 8 H100 in 77 s; 128K below.
+    """Meta, https://arxiv.org/abs/2411.01783: 1M tokens on 16 hosts of 8 H100 in 77 s, and others.
 
-    Rates come from elsewhere in the paper (one GPU's kernel, one hop) and from our own products;
-    nothing is fitted to these times. On 16 hosts the shards of 128K tokens are so short that the
-    prediction is a quarter too fast.
+    Nothing is fitted to these times: rates come from elsewhere in the paper (one GPU's kernel, one
+    hop) and from our own products. Meta multiplied feed-forward weights in fp8; the prediction for
+    that is too fast, most where shards are short. The bounds hold the model to what
+    docs/ring-planning.md says of it.
     """
-    published = {
-        (10**6, 128): (77, 0.06),
-        (128_000, 8): (42.010, 0.06),
-        (128_000, 16): (21.042, 0.06),
-        (128_000, 32): (10.950, 0.06),
-        (128_000, 64): (5.85, 0.06),
-        (128_000, 128): (3.8, 0.3),
+    published = {  # seconds, and how much less is predicted at most with fp8 and with bf16
+        (10**6, 128): (77, 0.11, 0.05),
+        (128_000, 8): (42.010, 0.19, 0.0),
+        (128_000, 16): (21.042, 0.19, 0.0),
+        (128_000, 32): (10.950, 0.22, 0.0),
+        (128_000, 64): (5.85, 0.27, 0.06),
+        (128_000, 128): (3.8, 0.42, 0.27),
     }
-    for (context, number), (seconds, within) in published.items():
-        simulation = Simulation(
-            model("llama-3.1-405b"), context, machine("ib", "h100-500w"), tensor=8
-        )
-        row = simulation.prefill(number, "ring")
-        assert row.seconds == pytest.approx(seconds, rel=within), (context, number)
-        assert row.hides
+    for (context, number), (seconds, *misses) in published.items():
+        for weights, miss in zip(("fp8", "bf16"), misses, strict=True):
+            row = Simulation(
+                model("llama-3.1-405b"),
+                context,
+                machine("ib", "h100-500w"),
+                tensor=8,
+                weights=weights,
+            ).prefill(number, "ring")
+            assert 1 - miss <= row.seconds / seconds <= 1.05, (context, number, weights)
+            assert row.hides  # as the paper reports of its ring
 
 
 def test_the_models_windows_are_its_pattern() -> None:

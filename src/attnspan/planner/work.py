@@ -147,9 +147,9 @@ def work(pattern: Pattern, n: int, size: int, layout: str) -> Work:
         ValueError: one sentence: another pattern, an unknown layout, a number out of range.
 
     >>> causal = work(Causal(), 1_048_576, 1024, "zigzag")
-    >>> causal.imbalance, causal.needs.sum() / (1024 * 1_048_576)
-    (0.0, 0.750244140625)
-    >>> work(SlidingWindow(4096), 1_048_576, 128, "contiguous").sent.max()
+    >>> causal.imbalance, float(causal.sent.mean() / (1023 * 1024))
+    (0.0, 0.75)
+    >>> work(SlidingWindow(4096), 1_048_576, 128, "contiguous").rounds[1].received
     4095
     """
     for name, value, most in (("n", n, MOST_TOKENS), ("size", size, MOST_RANKS)):
