@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnspan.patterns import Causal, Full, SlidingWindow, parse
+from attnspan.planner.forms import works
 from attnspan.planner.links import DEVICES, LINKS, Device, Link, Machine, machine
 from attnspan.planner.ring import Heads, choose, cost, decode_cost, lack, schedules, split
-from attnspan.planner.work import Work, works
+from attnspan.planner.work import Work
 
 H, KV, D, B = 32, 8, 128, 2
 HEADS = Heads(H, KV, D, B)
