@@ -214,13 +214,14 @@ def _sound_assembler() -> Iterator[None]:
     """
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas
-    if tuple(map(int, tool.version.split("."))) >= (12, 9):
-        yield
-        return
-    with _assembling, knobs.nvidia.scope():
-        knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell.path
-        yield
+    with _assembling:
+        tool = knobs.nvidia.ptxas
+        if tuple(map(int, tool.version.split("."))) >= (12, 9):
+            yield
+            return
+        with knobs.nvidia.scope():
+            knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell.path
+            yield
 
 
 def signature(
