@@ -104,7 +104,7 @@ def simulated(n: int, world: int, heads: tuple[int, int]) -> dict[str, Any]:
 
     small = [x[:, :, :1024] for x in given]
     solved(small, lambda *x: attention(*x, pattern, impl="hopper"))
-    # Compiled by one thread, since Triton's first compilation of a kernel is not safe among several.
+    # Compiled by one thread: Triton's first compilation of a kernel isn't safe among several.
     simulate(1, lambda t: solved(small, lambda *x: ring_attention(*x, group=t)))
     simulate(1, lambda t: solved(small, lambda *x: ring_attention(*x, Full(), group=t)))
     torch.cuda.reset_peak_memory_stats()
