@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -302,14 +303,6 @@ def absent(rank: int, size: int) -> dict[str, Any]:
     raise AssertionError("a ring without rank 2")
 
 
-def dropped(rank: int, size: int) -> None:
-    transport = transport_of()
-    swap(transport, 0)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    transport.exchange({}, {1: torch.empty(8, dtype=torch.int8)}, "dropped")
-
-
 def restarted(rank: int, size: int, port: int, attempt: int, last: bool) -> int:
     """One attempt of a job under torchrun: but in the last one a rank dies."""
     agent = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -437,3 +430,21 @@ def costs(rank: int, size: int, repeats: int) -> dict[str, float]:
         result[name] = 1e3 * median(times)
         result[f"{name} CPU"] = 1e3 * (time.process_time() - cpu) / repeats
     return result
+
+
+def leaving(how: str, store: str, rank: int) -> None:
+    """Rank 1 hangs; rank 0 ends its program without taking anything down."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    transport = transport_of(None, 1.0)
+    transport.agree({}, "ring_attention")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    pending = transport.exchange({}, {1: torch.empty(8, dtype=torch.int8)}, "keys")
+    if how == "lost":
+        with pytest.raises(RingPeerLost, match="rank 1 lost"):
+            pending.wait()
+    print("about to exit", time.time(), flush=True)
+
+
+if __name__ == "__main__":
+    leaving(sys.argv[1], sys.argv[2], int(sys.argv[3]))

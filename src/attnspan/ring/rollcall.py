@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup, get_global_rank
 
 T = TypeVar("T")
 LOOK_EVERY = 0.02
-LINGER = 0.3
+LINGER = 0.5
 CLOSED = "its connection closed: it died, or left the ring"
 
 
