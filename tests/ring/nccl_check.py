@@ -1,8 +1,8 @@
 """NCCL between real GPUs, by hand: torchrun --nproc-per-node=2 tests/ring/nccl_check.py
 
-Rank 0 prints one line for each check that holds. With `exchange` or `agree` as its argument the last
-rank hangs there in the end: the others raise after the deadline, and exit. `torchrun` then waits
-for the rank that hangs: run it under `timeout`.
+Rank 0 prints one line for each check that holds. With `exchange` or `agree` as its argument the
+last rank hangs there in the end: the others raise after the deadline, and exit. `torchrun` then
+waits for the rank that hangs: run it under `timeout`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from attnspan.ring.groups import init, transport_of
 from attnspan.ring.nccl import NcclTransport
@@ -104,6 +105,17 @@ def agreements(transport: NcclTransport) -> None:
     say(f"agree refuses: {error.value}")
 
 
+def meshes(transport: NcclTransport) -> None:
+    mesh = init_device_mesh("cuda", (1, transport.size), mesh_dim_names=("data", "ring"))
+    ring = transport_of(mesh["ring"])
+    assert (ring.rank, ring.size) == (transport.rank, transport.size)
+    assert transport_of(mesh["ring"]) is ring
+    ring.agree({"k": "same"}, "ring_attention")
+    rows = ring.gather(torch.full((2,), ring.rank, device="cuda"), "rows")
+    assert rows[:, 0].tolist() == list(range(ring.size))
+    say("the ring of a mesh")
+
+
 def lost(transport: NcclTransport, where: str) -> None:
     if transport.rank == transport.size - 1:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -134,6 +146,7 @@ def main() -> None:
     exchanges(transport)
     gathers(transport)
     agreements(transport)
+    meshes(transport)
     if len(sys.argv) > 1:
         lost(transport, sys.argv[1])
         # The communicator is aborted: nothing of it is left to take down.

@@ -129,6 +129,13 @@ def test_a_rank_that_leaves_is_named() -> None:
         assert outcome.value["seconds"] < SLACK
 
 
+def test_a_part_of_the_world_names_its_own_ranks_and_those_of_the_world() -> None:
+    for value in run("ring.workers:part_loses", 4)[1:3]:
+        assert value["ranks"] == [2], value
+        assert "rank 2 lost" in value["text"]
+        assert "(rank 3 of the world)" in value["text"]
+
+
 def test_ranks_out_of_step_are_told_where_each_stands() -> None:
     for value in run("ring.workers:out_of_step", 3):
         assert value["ranks"] == [1], value
@@ -156,10 +163,9 @@ def test_a_rank_that_never_makes_its_transport() -> None:
         assert value["seconds"] < 1.0 + GRACE + SLACK
 
 
-@pytest.mark.parametrize("how", ["lost", "dropped"])
-def test_an_interpreter_exits_though_its_peer_hangs(how: str, tmp_path: Path) -> None:
+def test_an_interpreter_exits_though_its_peer_hangs(tmp_path: Path) -> None:
     """After the loss, and with an exchange under way that nobody waits for."""
-    command = [sys.executable, "-W", "error", "-m", "ring.workers", how, str(tmp_path / "store")]
+    command = [sys.executable, "-W", "error", "-m", "ring.workers", str(tmp_path / "store")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen([*command, str(r)], env=env, stdout=subprocess.PIPE) for r in (0, 1)]
     try:

@@ -276,6 +276,21 @@ def left(rank: int, size: int) -> dict[str, Any]:
     raise AssertionError("a rank that left wasn't missed")
 
 
+def part_loses(rank: int, size: int) -> dict[str, Any]:
+    """A ring of ranks 1 to 3 of the world, of which its last leaves."""
+    part = dist.new_group([1, 2, 3])
+    if rank == 0:
+        return {}
+    transport = transport_of(part)
+    assert transport.rank == rank - 1
+    if rank == 3:
+        transport.leave("it ran out of memory")
+        return {}
+    with pytest.raises(RingPeerLost) as error:
+        transport.agree({}, "ring_attention")
+    return {"ranks": error.value.ranks, "text": str(error.value)}
+
+
 def too_short(rank: int, size: int) -> dict[str, Any]:
     """Rank 0 sends 40 bytes where 400 are awaited."""
     transport = transport_of(None, 2.0)
@@ -432,19 +447,21 @@ def costs(rank: int, size: int, repeats: int) -> dict[str, float]:
     return result
 
 
-def leaving(how: str, store: str, rank: int) -> None:
+def leaving(store: str, rank: int) -> None:
     """Rank 1 hangs; rank 0 ends its program without taking anything down."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    transport = transport_of(None, 1.0)
-    transport.agree({}, "ring_attention")
+    group = dist.group.WORLD
+    assert group is not None
+    lost, dropped = transport_of(group, 1.0), GlooTransport(group)
+    lost.agree({}, "ring_attention")
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    pending = transport.exchange({}, {1: torch.empty(8, dtype=torch.int8)}, "keys")
-    if how == "lost":
-        with pytest.raises(RingPeerLost, match="rank 1 lost"):
-            pending.wait()
+    take = torch.empty(8, dtype=torch.int8)
+    dropped.exchange({}, {1: take}, "never waited for")
+    with pytest.raises(RingPeerLost, match="rank 1 lost"):
+        lost.exchange({}, {1: take}, "keys").wait()
     print("about to exit", time.time(), flush=True)
 
 
 if __name__ == "__main__":
-    leaving(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    leaving(sys.argv[1], int(sys.argv[2]))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed import ProcessGroup, get_global_rank
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 T = TypeVar("T")
 LOOK_EVERY = 0.02
@@ -54,7 +54,8 @@ class RollCall:
         self.rank, self.size = group.rank(), group.size()
         epoch = store.add(f"attnspan.ring/epoch/{self.rank}", 1)
         self.store = PrefixStore(f"attnspan.ring/{epoch}", store)
-        self._host = _host(store, group)
+        self._world = get_process_group_ranks(group)
+        self._host = _host(store, self._world)
 
     def verdict(self, seconds: float) -> Verdict | None:
         """What the others found while this rank was away; None: they still wait."""
@@ -136,8 +137,15 @@ class RollCall:
         return _read(self.store.get("verdict"))
 
     def _write(self, verdict: Verdict) -> Verdict:
-        text = json.dumps([verdict.ranks, verdict.why])
+        text = json.dumps([verdict.ranks, verdict.why + self._in_world(verdict.ranks)])
         return _read(self.store.compare_set("verdict", "", text))
+
+    def _in_world(self, ranks: Sequence[int]) -> str:
+        """Who they are, where the ring isn't the whole world."""
+        world = [self._world[rank] for rank in ranks]
+        if world == list(ranks):
+            return ""
+        return f" (rank{'s' * (len(world) > 1)} {', '.join(map(str, world))} of the world)"
 
     def _or_gone(
         self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
@@ -178,8 +186,8 @@ def _read(text: bytes) -> Verdict:
     return Verdict(tuple(ranks), why)
 
 
-def _host(store: Store, group: ProcessGroup) -> tuple[tuple[int, ...], str]:
-    """Whose end takes the store along: its ranks in the group, and its name."""
+def _host(store: Store, world: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """Whose end takes the store along: its rank in the group, if it has one, and its name."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):
@@ -187,5 +195,4 @@ def _host(store: Store, group: ProcessGroup) -> tuple[tuple[int, ...], str]:
     where = f"{store.host}:{store.port}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return (), f"the agent of torchrun at {where}"
-    members = tuple(r for r in range(group.size()) if get_global_rank(group, r) == 0)
-    return members, f"rank 0 of the world, at {where}"
+    return tuple(world.index(r) for r in world if r == 0), f"rank 0 of the world, at {where}"
