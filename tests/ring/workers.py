@@ -280,6 +280,8 @@ def part_loses(rank: int, size: int) -> dict[str, Any]:
     """A ring of ranks 1 to 3 of the world, of which its last leaves."""
     part = dist.new_group([1, 2, 3])
     if rank == 0:
+        # It hosts the store.
+        time.sleep(2.0)
         return {}
     transport = transport_of(part)
     assert transport.rank == rank - 1

@@ -148,7 +148,7 @@ class RollCall:
         return f" (rank{'s' * (len(world) > 1)} {', '.join(map(str, world))} of the world)"
 
     def _or_gone(
-        self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
+        self, work: Callable[[], Verdict], seconds: float, closed: tuple[int, ...]
     ) -> Verdict:
         try:
             verdict = self._within(seconds, work)
@@ -157,9 +157,11 @@ class RollCall:
                 time.sleep(LINGER)
             return verdict
         except StoreGone:
-            ranks, name = self._host
-            why = f"the group's store doesn't answer any more, and it lies with {name}"
-            return Verdict(ranks or otherwise, why)
+            host, name = self._host
+            gone = f"the group's store doesn't answer any more, and it lies with {name}"
+            if host or not closed:
+                return Verdict(host, gone)
+            return Verdict(closed, f"{CLOSED}{self._in_world(closed)}; {gone}")
 
     def _within(self, seconds: float, work: Callable[[], T]) -> T:
         """The store's calls know no time-out where its host hangs: a thread waits in our place."""
