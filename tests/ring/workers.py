@@ -449,6 +449,12 @@ def costs(rank: int, size: int, repeats: int) -> dict[str, float]:
     return result
 
 
+def even(rank: int, size: int, sleep: float) -> None:
+    time.sleep(sleep)
+    if rank % 2:
+        raise ValueError(f"no even number: {rank}")
+
+
 def leaving(store: str, rank: int) -> None:
     """Rank 1 hangs; rank 0 ends its program without taking anything down."""
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

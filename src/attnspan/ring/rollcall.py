@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 T = TypeVar("T")
+# Seconds between two looks into the store, and those that the others have for the last of them.
 LOOK_EVERY = 0.02
 LINGER = 0.5
 CLOSED = "its connection closed: it died, or left the ring"
@@ -30,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a rank stands when it gives up: in its how manieth call, in what, waiting how long."""
+    """Where a rank stands when it gives up: the number of its call, what it is, seconds waited."""
 
     call: int
     step: str
@@ -59,11 +60,14 @@ class RollCall:
 
     def verdict(self, seconds: float) -> Verdict | None:
         """What the others found while this rank was away; None: they still wait."""
-
         try:
             return self._within(seconds, self._written)
         except StoreGone:
             return None
+
+    def tell(self, verdict: Verdict) -> Verdict:
+        """Tells the others what this rank alone knows; returns what all go by from now on."""
+        return self._or_gone(lambda: self._write(verdict), 1.0, verdict.ranks)
 
     def closed(self, ranks: Sequence[int], standing: Standing, seconds: float) -> Verdict:
         """The verdict, after the connections to some ranks broke.
