@@ -1,0 +1,171 @@
+"""Attention over keys and values that lie on many processes, for queries that all of them have.
+
+Each process attends to what it holds; one packed all-gather of outputs and their log-sum-exps then
+merges the parts into the exact whole (tree decoding, https://arxiv.org/abs/2408.04093, with one hop
+for the tree). A process sends `num_heads * (value_dim + 1) * 4 * (N - 1)` bytes for a query,
+however many keys there are.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspan.kernels.merge import merge, with_sink
+from attnspan.kernels.view import KVView, Part
+from attnspan.patterns.algebra import Pattern
+from attnspan.ring.transport import Transport
+from attnspan.views import attend_share
+
+
+def merge_shares(
+    transport: Transport, out: Tensor, lse: Tensor, sink_logits: Tensor | None, step: str
+) -> tuple[Tensor, Tensor]:
+    """The attention over all ranks' keys, from what each found over its own.
+
+    Args:
+        transport: of the ring; every rank calls this with tensors of the same shapes.
+        out: `(batch, num_heads, m, value_dim)`, float32 or float64.
+        lse: its log-sum-exp `(batch, num_heads, m)`, minus infinity where a query saw no key here.
+        sink_logits: `(num_heads,)`, one more score per head with a value of zero, counted once.
+        step: what this is, for errors.
+
+    Returns:
+        The merged `out` and `lse`, the same bits on every rank.
+    """
+    if transport.size > 1:
+        parts = transport.gather(torch.cat((out, lse[..., None]), -1), step)
+        out, lse = merge(parts[..., :-1].unbind(), parts[..., -1].unbind())
+    return (out, lse) if sink_logits is None else with_sink(out, lse, sink_logits)
+
+
+@torch.no_grad()
+def ring_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None = None,
+    *,
+    group: Any = None,
+    positions: Tensor | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    agreed: bool = False,
+    layer: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention of a few queries over keys and values that are spread over a ring.
+
+    Every process of the ring calls it, with the same queries and its own keys and values: as many
+    as it happens to hold, or none. Without a gradient.
+
+    Args:
+        q: `(batch, Hq, m, head_dim)`, the same on all ranks, rotated already.
+        k: `(batch, Hkv, n, head_dim)`, this rank's share; `Hq % Hkv == 0`. `n` may differ.
+        v: as `k`.
+        pattern: which pairs of positions see each other; None: every query sees every key.
+        group: the ring: None for the default group, a ProcessGroup, a DeviceMesh of one dimension
+            or a `Transport`.
+        positions: with a pattern, int64 `(n,)`: where this rank's keys stand in the sequence.
+        q_offset: with a pattern, where the first query stands; the others follow it.
+        scale: factor of the scores; None is `head_dim ** -0.5`.
+        softcap: scores become `softcap * tanh(score / softcap)`, after the scale.
+        sink_logits: `(Hq,)`, one more score per head with a value of zero; the same on all ranks.
+        return_lse: give the log-sum-exp too.
+        agreed: the caller has made sure that all ranks bring the same queries and settings, say
+            once for all layers of a token. Otherwise this costs one more small exchange, which
+            brings the queries' checksum to the host.
+        layer: named in errors.
+
+    Returns:
+        `out (batch, Hq, m, head_dim)` in the dtype of `q`, the same bits on every rank; with
+        `return_lse` also `lse (batch, Hq, m)`, float32 or float64. A query that sees no key on any
+        rank gives zeros and minus infinity (with a sink logit: that logit).
+
+    Raises:
+        ValueError: an argument of this rank is wrong; one sentence says which.
+        RingMismatch: the ranks' arguments differ; on every rank alike, before the exchange.
+        RingPeerLost: a process is gone or hangs.
+    """
+    transport = transport_of(group)
+    transport.layer = layer
+    wrong = _wrong(q, k, v, pattern, positions, q_offset, sink_logits)
+    if not agreed:
+        # What is wrong here alone is told to all, so that none is left waiting.
+        facts = {
+            "arguments": wrong or "right",
+            "q": digest(q),
+            "kv_heads": str(k.shape[1:2]),
+            "pattern": repr(pattern),
+            "q_offset": str(q_offset),
+            "scale": str(scale),
+            "softcap": str(softcap),
+            "sink_logits": digest(sink_logits),
+        }
+        if wrong is None or transport.size > 1:
+            transport.agree(facts, "ring_decode")
+    if wrong is not None:
+        raise ValueError(f"ring_decode: {wrong}")
+    mask = None
+    if pattern is not None:
+        assert positions is not None and q_offset is not None
+        at = torch.arange(q_offset, q_offset + q.shape[2], device=q.device)
+        seen = pattern.sees(at[:, None], positions.to(q.device))
+        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+        mask.masked_fill_(~seen, -torch.inf)
+    out, lse = attend_share(KVView((Part(q, k, v, mask),)), scale=scale, softcap=softcap)
+    out, lse = merge_shares(transport, out, lse, sink_logits, "merge of shares")
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _wrong(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None,
+    positions: Tensor | None,
+    q_offset: int | None,
+    sink_logits: Tensor | None,
+) -> str | None:
+    """What is wrong with the arguments of this rank, as a sentence; None: nothing."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return f"{shapes} are given; (batch, heads, tokens, head_dim) is allowed"
+    batch, heads, _, head_dim = q.shape
+    if (k.shape[0], k.shape[3]) != (batch, head_dim) or v.shape != k.shape:
+        return f"{shapes} are given; k and v of one shape, with q's batch and head_dim, are allowed"
+    if not k.shape[1] or heads % k.shape[1]:
+        return f"q has {heads} heads and k {k.shape[1]}; a multiple is allowed"
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; one floating dtype is allowed"
+    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
+        return f"sink_logits is {tuple(sink_logits.shape)}; ({heads},), one per head, is allowed"
+    if (pattern is None) != (positions is None) or (pattern is None) != (q_offset is None):
+        return "a pattern, positions of the keys and q_offset are allowed together or not at all"
+    if positions is not None and tuple(positions.shape) != (k.shape[2],):
+        return f"positions is {tuple(positions.shape)}; ({k.shape[2]},), one per key, is allowed"
+    return None
+
+
+def digest(x: Any) -> str:
+    """A short text that differs where the values do: a tensor's shape, dtype and checksum."""
+    if not isinstance(x, Tensor):
+        return repr(x)
+    dtype = str(x.dtype).removeprefix("torch.")
+    data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(x.shape)} {dtype} {blake2b(data.tobytes(), digest_size=8).hexdigest()}"
+
+
+def transport_of(group: Any) -> Transport:
+    """The ring of a group; a transport is its own."""
+    if isinstance(group, Transport):
+        return group
+    from attnspan.ring.groups import transport_of
+
+    return transport_of(group)
