@@ -37,6 +37,15 @@ ROPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Ranks are threads already: more of them in each operation only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def made(dtype=torch.float64, batch=2):
     make = torch.Generator().manual_seed(0)
     q = torch.randn(batch, HEADS, TOKENS, DIM, generator=make, dtype=torch.float64)
@@ -80,7 +89,7 @@ def both(spec, storage, rope, ranks, size, dtype=torch.float64, cap=None, forget
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("spec", SPECS)
 def test_outputs_equal_one_lane_s(spec, ranks) -> None:
-    for size, rope in itertools.product((1, 7, TOKENS), ("plain", "dynamic")):
+    for size, rope in ((1, "plain"), (7, "dynamic"), (TOKENS, "plain")):
         expected, alone, results = both(spec, Dense(), ROPES[rope], ranks, size)
         for got, _, _ in results:
             assert torch.equal(got, results[0][0]), "ranks differ"
@@ -92,8 +101,10 @@ def test_outputs_equal_one_lane_s(spec, ranks) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("storage", [Dense(), Int8(), Int4(group=8)], ids=str)
 def test_storages_and_rotations(storage, rope) -> None:
-    for spec, size, dtype in itertools.product(
-        ("sinks:3+window:8,block=5", "keep-all"), (1, 7), (torch.float32, torch.float64)
+    for spec, size, dtype in (
+        ("sinks:3+window:8,block=5", 1, torch.float32),
+        ("sinks:3+window:8,block=5", 7, torch.float64),
+        ("keep-all", 7, torch.float32),
     ):
         expected, _, results = both(spec, storage, ROPES[rope], 3, size, dtype)
         bound = 1e-5 if dtype == torch.float32 else 1e-12
