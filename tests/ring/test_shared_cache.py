@@ -294,12 +294,12 @@ def test_after_a_mismatch_the_stream_goes_on(model) -> None:
     ],
 )
 def test_what_a_ring_cannot_share_is_refused(model, spec, options, why) -> None:
-    def work(transport):
+    def work(model, ring):
         with pytest.raises(ValueError, match=why):
-            Cache(model, parse(spec), ring=transport, **options)
-        return transport.sent
+            Cache(model, parse(spec), ring=ring, **options)
+        return ring.sent
 
-    assert simulate(2, work) == [0, 0]
+    assert on_ring(2, model, work) == [0, 0]
 
 
 def test_steps_by_a_clock_and_undoing_are_refused(model) -> None:
