@@ -1,118 +1,131 @@
-"""A ring of threads in one process: every exchange as it would be, without a network."""
+"""A ring whose ranks are threads of one process: for tests, and to try one where there is none."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnspan.ring.transport import Pending, RingMismatch, RingPeerLost, Transport
+from attnspan.ring.transport import Pending, RingMismatch, RingPeerLost, Transport, differing
 
 T = TypeVar("T")
 
 
-class _Mail:
-    """What the ranks have put down, by exchange and rank."""
+class _Board:
+    """Where the ranks leave what others take; numbered by how often each pair has met."""
 
     def __init__(self, size: int, deadline: float) -> None:
         self.size, self.deadline = size, deadline
         self.changed = threading.Condition()
-        self.put: dict[int, dict[int, tuple[str, Any]]] = {}
-        self.taken: dict[int, int] = {}
-        self.lost: set[int] = set()
+        self.left: dict[tuple[str, int, int, int], object] = {}
+        self.failed: set[int] = set()
 
-    def share(self, rank: int, turn: int, step: str, x: Any) -> None:
+    def put(self, kind: str, turn: int, source: int, target: int, what: object) -> None:
         with self.changed:
-            self.put.setdefault(turn, {})[rank] = step, x
+            self.left[kind, turn, source, target] = what
             self.changed.notify_all()
 
-    def collect(self, rank: int, turn: int, step: str, layer: int | None) -> list[Any]:
+    def take(self, kind: str, turn: int, source: int, target: int, about: SimulatedTransport,
+             step: str) -> object:  # fmt: skip
+        key, started = (kind, turn, source, target), time.monotonic()
         with self.changed:
-            done = self.changed.wait_for(
-                lambda: len(self.put[turn]) == self.size or self.lost, self.deadline
+            came = self.changed.wait_for(
+                lambda: key in self.left or self.failed, timeout=self.deadline
             )
-            there = self.put[turn]
-            if len(there) < self.size:
-                missing = sorted(self.lost or set(range(self.size)) - there.keys())
-                why = "it ended" if done else "it doesn't answer"
-                raise RingPeerLost(tuple(missing), layer, step, self.deadline, why)
-            steps = {s for s, _ in there.values()}
-            assert steps == {step}, f"ranks are in different steps: {steps}"
-            got = [there[r][1] for r in range(self.size)]
-            self.taken[turn] = self.taken.get(turn, 0) + 1
-            if self.taken[turn] == self.size:
-                del self.put[turn], self.taken[turn]
-            return got
+            about.waited += time.monotonic() - started
+            if key in self.left:
+                return self.left.pop(key)
+        lost = sorted(self.failed) or [source]
+        why = "it failed" if came else "it sent nothing"
+        raise RingPeerLost(lost, about.layer, step, time.monotonic() - started, why)
 
 
-class _Landing(Pending):
-    def __init__(self, transport: _Simulated, turn: int, receives: Any, step: str) -> None:
-        self.transport, self.turn, self.receives, self.step = transport, turn, receives, step
+class SimulatedTransport(Transport):
+    """One rank of a simulated ring."""
 
-    def wait(self) -> None:
-        rank = self.transport.rank
-        got = self.transport.mail.collect(rank, self.turn, self.step, self.transport.layer)
-        for peer, buffer in self.receives.items():
-            buffer.copy_(got[peer][rank])
-
-
-class _Simulated(Transport):
-    def __init__(self, mail: _Mail, rank: int) -> None:
-        self.mail, self.rank, self.size, self.turn = mail, rank, mail.size, 0
-
-    def _next(self) -> int:
-        self.turn += 1
-        return self.turn
+    def __init__(self, board: _Board, rank: int) -> None:
+        self.board, self.rank, self.size = board, rank, board.size
+        self.turn = 0
 
     def exchange(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], step: str
     ) -> Pending:
-        turn = self._next()
-        self.sent += sum(x.nbytes for x in sends.values())
-        self.mail.share(self.rank, turn, step, {p: x.clone() for p, x in sends.items()})
-        return _Landing(self, turn, receives, step)
+        self.turn += 1
+        for peer, what in sends.items():
+            # A copy: the sender may reuse its memory once it has waited, the receiver reads later.
+            self.board.put("bytes", self.turn, self.rank, peer, what.clone())
+            self.sent += what.numel()
+        return _Waiting(self, dict(receives), step)
 
     def gather(self, x: Tensor, step: str) -> Tensor:
-        turn = self._next()
         self.sent += x.nbytes * (self.size - 1)
-        self.mail.share(self.rank, turn, step, x.clone())
-        return torch.stack(self.mail.collect(self.rank, turn, step, self.layer))
+        return torch.stack(self._all(x.clone(), step))
 
     def agree(self, facts: Mapping[str, str], by: str) -> None:
-        turn = self._next()
-        self.mail.share(self.rank, turn, "agreement", dict(facts))
-        rows = self.mail.collect(self.rank, turn, "agreement", self.layer)
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values = [row.get(name) for row in rows]
-            if len(set(values)) > 1:
-                said = ", ".join(f"rank {r} with {v}" for r, v in enumerate(values))
-                raise RingMismatch(f"{by}: {name} differs, {said}; the same is allowed")
+        told = self._all(dict(facts), f"what {by} agrees on")
+        if sentence := differing(told, by):
+            raise RingMismatch(sentence)
+
+    def _all(self, mine: Any, step: str) -> list[Any]:
+        self.turn += 1
+        turn = self.turn
+        for peer in range(self.size):
+            self.board.put("all", turn, self.rank, peer, mine)
+        return [self.board.take("all", turn, s, self.rank, self, step) for s in range(self.size)]
 
 
-def simulate(size: int, work: Callable[[Transport], T]) -> list[T]:
-    """Runs `work` on every rank of a ring, a thread each; what each returned, or the first error."""
-    mail = _Mail(size, 10.0)
-    results: list[Any] = [None] * size
-    errors: list[BaseException | None] = [None] * size
+class _Waiting(Pending):
+    def __init__(self, transport: SimulatedTransport, buffers: dict[int, Tensor], step: str):
+        self.transport, self.buffers, self.step = transport, buffers, step
+        self.turn = transport.turn
+
+    def wait(self) -> None:
+        me = self.transport
+        for source, buffer in self.buffers.items():
+            what = me.board.take("bytes", self.turn, source, me.rank, me, self.step)
+            assert isinstance(what, Tensor)
+            if what.numel() != buffer.numel():
+                raise AssertionError(
+                    f"rank {source} sent {what.numel()} bytes, {buffer.numel()} are planned"
+                )
+            buffer.copy_(what)
+
+
+def simulate(size: int, work: Callable[[Transport], T], deadline: float = 60.0) -> list[T]:
+    """What `work` gives on each rank of a ring of threads; the first rank's error is raised.
+
+    Args:
+        size: ranks.
+        work: what each does; it gets its transport, which goes where a group does.
+        deadline: seconds a rank waits for another.
+
+    >>> simulate(2, lambda t: int(t.gather(torch.tensor(t.rank), "ranks").sum()))
+    [1, 1]
+    """
+    board = _Board(size, deadline)
+    results: list[T | None] = [None] * size
+    errors: dict[int, BaseException] = {}
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(_Simulated(mail, rank))
+            results[rank] = work(SimulatedTransport(board, rank))
         except BaseException as error:
             errors[rank] = error
-            with mail.changed:
-                mail.lost.add(rank)
-                mail.changed.notify_all()
+            with board.changed:
+                board.failed.add(rank)
+                board.changed.notify_all()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    first = [e for e in errors if e is not None and not isinstance(e, RingPeerLost)]
-    for error in (*first, *(e for e in errors if e is not None)):
-        raise error
-    return results
+    if errors:
+        # Those that lost a peer say less than the peer's own error.
+        first = sorted(errors, key=lambda r: (isinstance(errors[r], RingPeerLost), r))[0]
+        raise errors[first]
+    return results  # type: ignore[return-value]
