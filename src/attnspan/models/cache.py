@@ -23,7 +23,7 @@ from attnspan.models.anatomy import Anatomy, anatomy_of
 from attnspan.models.budget import held_limit, planned_tables, resolve
 from attnspan.policies import PerLayer, Policy
 from attnspan.ring.cache import SharedStream
-from attnspan.ring.decode import transport_of
+from attnspan.ring.groups import transport_of
 
 
 class Cache(TransformersCache):
@@ -41,7 +41,8 @@ class Cache(TransformersCache):
         rollback: how many tokens `crop` may take back.
         chunk: longer inputs go through the model in chunks of so many tokens.
         ring: processes that share the cache, as a ProcessGroup, a DeviceMesh of one dimension or a
-            `Transport`; None: this process alone. Each runs the model, with the same weights, on
+            `Transport` (`attnspan.ring.groups.transport_of(group, deadline)` makes one that waits
+            longer than ten seconds); None: this process alone. Each runs the model, with the same weights, on
             the same tokens, and holds one in N of the keys and values; in each layer one small
             exchange gives all of them the exact output. The policies are KeepAll, Window and
             SinkWindow, each with any storage. What one process calls with, or has seen, must be
@@ -86,7 +87,8 @@ class Cache(TransformersCache):
         self.policies = resolve(policy, self.anatomy.layers)
         self.ring = None
         if ring is not None:
-            self.ring = SharedStream(transport_of(ring), self.policies, rollback)
+            transport = transport_of(ring, device=self.device)
+            self.ring = SharedStream(transport, self.policies, rollback)
         self.tables = Tables()
         self.caches: list[LayerCache] = []
         self.dtype: torch.dtype = next(model.parameters()).dtype

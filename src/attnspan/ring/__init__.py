@@ -1,6 +1,7 @@
 """One sequence over many processes."""
 
 from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.decode import ring_decode
 from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
@@ -14,4 +15,5 @@ __all__ = [
     "Transport",
     "ZigZag",
     "ring_attention",
+    "ring_decode",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.view import KVView, Part
 from attnspan.patterns.algebra import Pattern
+from attnspan.ring.groups import transport_of
 from attnspan.ring.transport import Transport
 from attnspan.views import attend_share
 
@@ -42,7 +43,6 @@ def merge_shares(
     return (out, lse) if sink_logits is None else with_sink(out, lse, sink_logits)
 
 
-@torch.no_grad()
 def ring_decode(
     q: Tensor,
     k: Tensor,
@@ -57,12 +57,13 @@ def ring_decode(
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
     agreed: bool = False,
+    deadline: float = 10.0,
     layer: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of a few queries over keys and values that are spread over a ring.
 
     Every process of the ring calls it, with the same queries and its own keys and values: as many
-    as it happens to hold, or none. Without a gradient.
+    as it happens to hold, or none, each key on one rank alone. It has no gradient.
 
     Args:
         q: `(batch, Hq, m, head_dim)`, the same on all ranks, rotated already.
@@ -80,6 +81,7 @@ def ring_decode(
         agreed: the caller has made sure that all ranks bring the same queries and settings, say
             once for all layers of a token. Otherwise this costs one more small exchange, which
             brings the queries' checksum to the host.
+        deadline: seconds that a process waits for another before it takes it for lost.
         layer: named in errors.
 
     Returns:
@@ -88,52 +90,61 @@ def ring_decode(
         rank gives zeros and minus infinity (with a sink logit: that logit).
 
     Raises:
-        ValueError: an argument of this rank is wrong; one sentence says which.
-        RingMismatch: the ranks' arguments differ; on every rank alike, before the exchange.
+        ValueError: the arguments are wrong; one sentence says how.
+        RingMismatch: the ranks' arguments differ, or are wrong on some; on every rank alike, before
+            the exchange.
         RingPeerLost: a process is gone or hangs.
+
+    >>> q, k = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 3, 4)
+    >>> from attnspan.ring.simulated import simulate
+    >>> simulate(2, lambda ring: ring_decode(q, k, k * ring.rank, group=ring)[0, 0, 0, 0].item())
+    [0.5, 0.5]
     """
-    transport = transport_of(group)
+    transport = transport_of(group, deadline, q.device if isinstance(q, Tensor) else None)
     transport.layer = layer
-    wrong = _wrong(q, k, v, pattern, positions, q_offset, sink_logits)
+    wrong = _wrong(q, k, v, pattern, positions, q_offset, softcap, sink_logits)
     if not agreed:
-        # What is wrong here alone is told to all, so that none is left waiting.
         facts = {
-            "arguments": wrong or "right",
+            # What is wrong here alone is told to all, so that none is left waiting.
+            "arguments": f"that it refuses ({wrong})" if wrong else "that are allowed",
             "q": digest(q),
-            "kv_heads": str(k.shape[1:2]),
             "pattern": repr(pattern),
-            "q_offset": str(q_offset),
-            "scale": str(scale),
-            "softcap": str(softcap),
+            "q_offset": repr(q_offset),
+            "scale": repr(scale),
+            "softcap": repr(softcap),
             "sink_logits": digest(sink_logits),
         }
-        if wrong is None or transport.size > 1:
-            transport.agree(facts, "ring_decode")
-    if wrong is not None:
+        transport.agree(facts, "ring_decode")
+    if wrong:
         raise ValueError(f"ring_decode: {wrong}")
-    mask = None
-    if pattern is not None:
-        assert positions is not None and q_offset is not None
-        at = torch.arange(q_offset, q_offset + q.shape[2], device=q.device)
-        seen = pattern.sees(at[:, None], positions.to(q.device))
-        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-        mask.masked_fill_(~seen, -torch.inf)
-    out, lse = attend_share(KVView((Part(q, k, v, mask),)), scale=scale, softcap=softcap)
-    out, lse = merge_shares(transport, out, lse, sink_logits, "merge of shares")
-    out = out.to(q.dtype)
-    return (out, lse) if return_lse else out
+    with torch.no_grad():
+        mask = None
+        if pattern is not None and positions is not None and q_offset is not None:
+            at = torch.arange(q_offset, q_offset + q.shape[2], device=q.device)
+            seen = pattern.sees(at[:, None], positions.to(q.device))
+            mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+            mask.masked_fill_(~seen, -torch.inf)
+        out, lse = attend_share(KVView((Part(q, k, v, mask),)), scale=scale, softcap=softcap)
+        out, lse = merge_shares(transport, out, lse, sink_logits, "merge of shares")
+    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
 def _wrong(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern | None,
-    positions: Tensor | None,
-    q_offset: int | None,
-    sink_logits: Tensor | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    pattern: Any,
+    positions: Any,
+    q_offset: Any,
+    softcap: Any,
+    sink_logits: Any,
 ) -> str | None:
     """What is wrong with the arguments of this rank, as a sentence; None: nothing."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            return f"{name} is a {type(x).__name__}; a tensor is allowed"
+        if torch.is_grad_enabled() and x.requires_grad:
+            return f"{name} requires a gradient, and there is none; torch.no_grad() is allowed"
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         return f"{shapes} are given; (batch, heads, tokens, head_dim) is allowed"
@@ -144,6 +155,10 @@ def _wrong(
         return f"q has {heads} heads and k {k.shape[1]}; a multiple is allowed"
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; one floating dtype is allowed"
+    if not q.device == k.device == v.device:
+        return f"q is on {q.device}, k on {k.device} and v on {v.device}; one device is allowed"
+    if softcap is not None and not softcap > 0:
+        return f"softcap is {softcap!r}; a number above 0 is allowed"
     if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
         return f"sink_logits is {tuple(sink_logits.shape)}; ({heads},), one per head, is allowed"
     if (pattern is None) != (positions is None) or (pattern is None) != (q_offset is None):
@@ -160,12 +175,3 @@ def digest(x: Any) -> str:
     dtype = str(x.dtype).removeprefix("torch.")
     data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tuple(x.shape)} {dtype} {blake2b(data.tobytes(), digest_size=8).hexdigest()}"
-
-
-def transport_of(group: Any) -> Transport:
-    """The ring of a group; a transport is its own."""
-    if isinstance(group, Transport):
-        return group
-    from attnspan.ring.groups import transport_of
-
-    return transport_of(group)
