@@ -133,8 +133,8 @@ WRONG = [
     ("scale", lambda r: {"scale": 1.0 + r}, "scale"),
     ("softcap", lambda r: {"softcap": 1.0 + r}, "softcap"),
     ("pattern", lambda r: {"pattern": SlidingWindow(4 + r)}, "pattern"),
-    ("one rank's k", lambda r: {"k": (1, 1, 5, 16 - 4 * r)}, "k and v of one shape"),
-    ("one rank's dtype", lambda r: {"dtype": (torch.float64, torch.float32)[r]}, "floating dtype"),
+    ("one rank's k", lambda r: {"k": (1, 1, 5, 16 - 4 * r)}, "don't fit"),
+    ("one rank's dtype", lambda r: {"dtype": (torch.float64, torch.float32)[r]}, "the same for q, k and v"),
     ("one rank's softcap", lambda r: {"softcap": (1.0, -1.0)[r]}, "softcap is -1.0"),
 ]
 
@@ -164,13 +164,13 @@ def test_what_differs_is_refused_on_all_ranks_alike(change, named) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"q": torch.zeros(1, 3, 1, 16)}, "q has 3 heads and k 2; a multiple is allowed"),
-        ({"v": torch.zeros(1, 2, 4, 16)}, "k and v of one shape"),
-        ({"k": 3}, "k is a int; a tensor is allowed"),
-        ({"sink_logits": torch.zeros(3)}, r"\(4,\), one per head, is allowed"),
+        ({"q": torch.zeros(1, 3, 1, 16)}, "3 query heads and 2 KV heads"),
+        ({"v": torch.zeros(1, 2, 5, 8)}, "one shape is allowed"),
+        ({"positions": torch.arange(5)}, "together or not at all"),
+        ({"sink_logits": torch.zeros(3)}, r"\(4,\), one for each query head"),
         ({"pattern": Causal()}, "together or not at all"),
-        ({"pattern": Causal(), "q_offset": 4, "positions": torch.arange(4)}, r"\(5,\), one per key"),
-        ({"q": torch.zeros(1, 4, 1, 16, requires_grad=True)}, r"torch.no_grad\(\) is allowed"),
+        ({"pattern": Causal(), "q_offset": 4, "positions": torch.arange(4)}, r"\(5,\), one for each key"),
+        ({"q": torch.zeros(1, 4, 1, 16, requires_grad=True)}, r"under torch.no_grad\(\) it is allowed"),
     ],
 )
 def test_what_all_ranks_do_wrong_is_a_value_error(change, why) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnspan.dispatch import check_options, check_tensors
 from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.view import KVView, Part
-from attnspan.patterns.algebra import Pattern
+from attnspan.patterns import Full, Pattern
 from attnspan.ring.groups import transport_of
 from attnspan.ring.transport import Transport
 from attnspan.views import attend_share
@@ -90,7 +91,7 @@ def ring_decode(
         rank gives zeros and minus infinity (with a sink logit: that logit).
 
     Raises:
-        ValueError: the arguments are wrong; one sentence says how.
+        ValueError, TypeError: the arguments are wrong; one sentence says how.
         RingMismatch: the ranks' arguments differ, or are wrong on some; on every rank alike, before
             the exchange.
         RingPeerLost: a process is gone or hangs.
@@ -102,11 +103,17 @@ def ring_decode(
     """
     transport = transport_of(group, deadline, q.device if isinstance(q, Tensor) else None)
     transport.layer = layer
-    wrong = _wrong(q, k, v, pattern, positions, q_offset, softcap, sink_logits)
+    refused: ValueError | TypeError | None = None
+    try:
+        check_tensors(q, k, v, sink_logits, "ring_decode")
+        check_options(pattern or Full(), scale, softcap, q_offset or 0, by="ring_decode")
+        _check(q, k, v, pattern, positions, q_offset)
+    except (ValueError, TypeError) as error:
+        refused = error
     if not agreed:
         facts = {
             # What is wrong here alone is told to all, so that none is left waiting.
-            "arguments": f"that it refuses ({wrong})" if wrong else "that are allowed",
+            "arguments": f"that it refuses ({refused})" if refused else "that are allowed",
             "q": digest(q),
             "pattern": repr(pattern),
             "q_offset": repr(q_offset),
@@ -115,8 +122,8 @@ def ring_decode(
             "sink_logits": digest(sink_logits),
         }
         transport.agree(facts, "ring_decode")
-    if wrong:
-        raise ValueError(f"ring_decode: {wrong}")
+    if refused is not None:
+        raise refused
     with torch.no_grad():
         mask = None
         if pattern is not None and positions is not None and q_offset is not None:
@@ -129,43 +136,32 @@ def ring_decode(
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
-def _wrong(
-    q: Any,
-    k: Any,
-    v: Any,
-    pattern: Any,
-    positions: Any,
-    q_offset: Any,
-    softcap: Any,
-    sink_logits: Any,
-) -> str | None:
-    """What is wrong with the arguments of this rank, as a sentence; None: nothing."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            return f"{name} is a {type(x).__name__}; a tensor is allowed"
-        if torch.is_grad_enabled() and x.requires_grad:
-            return f"{name} requires a gradient, and there is none; torch.no_grad() is allowed"
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        return f"{shapes} are given; (batch, heads, tokens, head_dim) is allowed"
-    batch, heads, _, head_dim = q.shape
-    if (k.shape[0], k.shape[3]) != (batch, head_dim) or v.shape != k.shape:
-        return f"{shapes} are given; k and v of one shape, with q's batch and head_dim, are allowed"
-    if not k.shape[1] or heads % k.shape[1]:
-        return f"q has {heads} heads and k {k.shape[1]}; a multiple is allowed"
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; one floating dtype is allowed"
-    if not q.device == k.device == v.device:
-        return f"q is on {q.device}, k on {k.device} and v on {v.device}; one device is allowed"
-    if softcap is not None and not softcap > 0:
-        return f"softcap is {softcap!r}; a number above 0 is allowed"
-    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
-        return f"sink_logits is {tuple(sink_logits.shape)}; ({heads},), one per head, is allowed"
+def _check(q: Tensor, k: Tensor, v: Tensor, pattern: Any, positions: Any, q_offset: Any) -> None:
+    """What `ring_decode` asks for beyond `attention`."""
+    if v.shape != k.shape:
+        raise ValueError(
+            f"ring_decode: k is {tuple(k.shape)} and v {tuple(v.shape)}; one shape is allowed"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "ring_decode: a gradient is required, and it has none; under torch.no_grad() it is "
+            "allowed"
+        )
     if (pattern is None) != (positions is None) or (pattern is None) != (q_offset is None):
-        return "a pattern, positions of the keys and q_offset are allowed together or not at all"
-    if positions is not None and tuple(positions.shape) != (k.shape[2],):
-        return f"positions is {tuple(positions.shape)}; ({k.shape[2]},), one per key, is allowed"
-    return None
+        raise ValueError(
+            "ring_decode: a pattern, positions of the keys and q_offset are allowed together or "
+            "not at all"
+        )
+    if positions is not None and not (
+        isinstance(positions, Tensor)
+        and positions.shape == k.shape[2:3]
+        and positions.dtype == torch.int64
+    ):
+        got = tuple(positions.shape) if isinstance(positions, Tensor) else repr(positions)
+        raise ValueError(
+            f"ring_decode: positions is {got}; an int64 tensor ({k.shape[2]},), one for each key, "
+            "is allowed"
+        )
 
 
 def digest(x: Any) -> str:
