@@ -19,7 +19,7 @@ SPEC, TOKENS = "sinks:4+window:28", 400
 
 
 def streamed(model, cache) -> tuple[torch.Tensor, set[int]]:
-    """The logits of a stream in calls of 40, 1, 3, 17, 1, ... tokens; the cache's bytes meanwhile."""
+    """The logits of a stream in calls of 40, 1, 3, 17, 1, ... tokens; the bytes held meanwhile."""
     ids, sizes = random_ids(TOKENS), itertools.chain([40], itertools.cycle((1, 3, 17)))
     outs, held, at = [], set(), 0
     while at < TOKENS:

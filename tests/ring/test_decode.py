@@ -90,7 +90,9 @@ def test_scale_soft_cap_and_sink_logits(options) -> None:
 
 def test_a_query_that_sees_no_key_anywhere() -> None:
     q, k, v = make_qkv(M, N, dtype=torch.float64)
-    for got, lse, _ in decode(2, "in turn", q, k, v, SlidingWindow(1, include_self=False) & ~Causal()):
+    for got, lse, _ in decode(
+        2, "in turn", q, k, v, SlidingWindow(1, include_self=False) & ~Causal()
+    ):
         assert torch.equal(got, torch.zeros_like(q))
         assert (lse == -torch.inf).all()
 
@@ -134,14 +136,18 @@ WRONG = [
     ("softcap", lambda r: {"softcap": 1.0 + r}, "softcap"),
     ("pattern", lambda r: {"pattern": SlidingWindow(4 + r)}, "pattern"),
     ("one rank's k", lambda r: {"k": (1, 1, 5, 16 - 4 * r)}, "don't fit"),
-    ("one rank's dtype", lambda r: {"dtype": (torch.float64, torch.float32)[r]}, "the same for q, k and v"),
+    (
+        "one rank's dtype",
+        lambda r: {"dtype": (torch.float64, torch.float32)[r]},
+        "the same for q, k and v",
+    ),
     ("one rank's softcap", lambda r: {"softcap": (1.0, -1.0)[r]}, "softcap is -1.0"),
 ]
 
 
 @pytest.mark.parametrize(("change", "named"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 def test_what_differs_is_refused_on_all_ranks_alike(change, named) -> None:
-    q, k, v = make_qkv(1, 5, dtype=torch.float64)
+    q, k, _ = make_qkv(1, 5, dtype=torch.float64)
 
     def work(ring):
         options = change(ring.rank)
@@ -169,8 +175,14 @@ def test_what_differs_is_refused_on_all_ranks_alike(change, named) -> None:
         ({"positions": torch.arange(5)}, "together or not at all"),
         ({"sink_logits": torch.zeros(3)}, r"\(4,\), one for each query head"),
         ({"pattern": Causal()}, "together or not at all"),
-        ({"pattern": Causal(), "q_offset": 4, "positions": torch.arange(4)}, r"\(5,\), one for each key"),
-        ({"q": torch.zeros(1, 4, 1, 16, requires_grad=True)}, r"under torch.no_grad\(\) it is allowed"),
+        (
+            {"pattern": Causal(), "q_offset": 4, "positions": torch.arange(4)},
+            r"\(5,\), one for each key",
+        ),
+        (
+            {"q": torch.zeros(1, 4, 1, 16, requires_grad=True)},
+            r"under torch.no_grad\(\) it is allowed",
+        ),
     ],
 )
 def test_what_all_ranks_do_wrong_is_a_value_error(change, why) -> None:

@@ -17,10 +17,7 @@ from attnspan.cache.storage import Fields, Storage
 from attnspan.cache.tables import Tables
 from attnspan.policies.base import Policy
 
-
-LaneMaker = Callable[
-    [LayerSpec, Policy, Storage, int, torch.dtype, torch.device, int | None], Lane
-]
+LaneMaker = Callable[[LayerSpec, Policy, Storage, int, torch.dtype, torch.device, int | None], Lane]
 """What makes an empty lane of these arguments, which are those of `Lane`."""
 
 

@@ -41,16 +41,17 @@ class Cache(TransformersCache):
         rollback: how many tokens `crop` may take back.
         chunk: longer inputs go through the model in chunks of so many tokens.
         ring: processes that share the cache, as a ProcessGroup, a DeviceMesh of one dimension or a
-            `Transport` (`attnspan.ring.groups.transport_of(group, deadline)` makes one that waits
-            longer than ten seconds); None: this process alone. Each runs the model, with the same weights, on
-            the same tokens, and holds one in N of the keys and values; in each layer one small
-            exchange gives all of them the exact output. The policies are KeepAll, Window and
-            SinkWindow, each with any storage. What one process calls with, or has seen, must be
-            what all do: `RingMismatch` says on every one of them what isn't.
+            `Transport` (`attnspan.ring.groups.transport_of(group, deadline)` gives one that waits
+            other than ten seconds); None: this process alone. Each runs the model, with the same
+            weights, on the same tokens, and holds one in N of the keys and values; in each layer
+            one small exchange gives all of them the exact output. The policies are KeepAll, Window
+            and SinkWindow, each with any storage; `max_bytes` bounds each process. What one process
+            calls with, or has seen, must be what all do: otherwise every call raises `RingMismatch`
+            on all of them, and nothing has changed.
 
     Raises:
-        ValueError: where the model can't be cached exactly, a size is wrong or `max_bytes` is too
-            small; the sentence names which.
+        ValueError: where the model can't be cached exactly, a size is wrong, `max_bytes` is too
+            small or a ring can't share such a cache; the sentence names which.
     """
 
     def __init__(
@@ -118,9 +119,7 @@ class Cache(TransformersCache):
         ]
         return [
             LayerCache(layer.spec, policy, self.storage, limit, self.rollback, maker)
-            for layer, policy, maker in zip(
-                self.anatomy.layers, self.policies, makers, strict=True
-            )
+            for layer, policy, maker in zip(self.anatomy.layers, self.policies, makers, strict=True)
         ]
 
     # What users ask ---------------------------------------------------------------------------
