@@ -15,7 +15,7 @@ from attnspan.models import Cache, attach
 from attnspan.models.budget import planned_bytes
 from attnspan.policies import parse
 from attnspan.ring.simulated import simulate
-from attnspan.ring.transport import RingMismatch
+from attnspan.ring.transport import RingMismatch, RingPeerLost
 
 SPECS = ("keep-all", "window:9,block=4", "sinks:3+window:8", "layers(sinks:2+window:6; keep-all)")
 NEAR = {"atol": 2e-5, "rtol": 0}
@@ -143,21 +143,22 @@ def test_long_inputs_go_in_chunks(model) -> None:
 
 @pytest.mark.parametrize("storage", [Dense(), Int8(), Int4(group=8)], ids=str)
 def test_a_budget_bounds_each_process(model, storage) -> None:
-    limit = 2_200_000
+    limit = 600_000
 
     def work(model, ring):
-        cache = Cache(model, parse("keep-all"), storage, max_bytes=limit, ring=ring)
+        cache = Cache(model, parse("keep-all"), storage, max_bytes=limit, chunk=32, ring=ring)
         assert planned_bytes(cache, 1, cache.caches[0].limit) <= limit
-        ids, peaks = random_ids(511), []
+        ids, peaks = random_ids(31), []
 
         def fill() -> None:
             while True:
-                logits(model, cache, ids, 511)
+                logits(model, cache, ids, 31)
                 peaks.append(cache.nbytes)
 
         with pytest.raises(RuntimeError, match="the cache is full"):
             fill()
         assert max(peaks) < limit
+        assert cache.broken
         return cache.tokens_seen, max(peaks)
 
     (seen, peak), (also_seen, also_peak) = on_ring(2, model, work)
@@ -312,6 +313,31 @@ def test_steps_by_a_clock_and_undoing_are_refused(model) -> None:
         return cache.tokens_seen
 
     assert on_ring(2, model, work) == [7, 7]
+
+
+def test_who_is_lost_in_a_forward_is_named(model) -> None:
+    ids = random_ids(20)
+
+    def work(model, ring):
+        cache = Cache(model, parse("window:9"), ring=ring)
+        logits(model, cache, ids)
+        if ring.rank == 1:
+
+            def fail(*_) -> None:
+                raise MemoryError
+
+            model.model.layers[1].register_forward_pre_hook(fail)
+            logits(model, cache, ids)
+        with pytest.raises(RingPeerLost) as caught:
+            logits(model, cache, ids)
+        assert (caught.value.ranks, caught.value.layer) == ((1,), 1)
+        with pytest.raises(RingPeerLost):
+            logits(model, cache, ids)
+        assert cache.broken
+        return None
+
+    with pytest.raises(MemoryError):
+        on_ring(2, model, work)
 
 
 def test_a_forgotten_share_is_seen(model) -> None:

@@ -141,3 +141,46 @@ def test_bytes_are_a_share_and_sent_by_the_formula() -> None:
             assert lanes[0].nbytes <= 0.25 * alone.lanes[0].nbytes + 2 * 2 * KV_HEADS * DIM * 8 * 2
             for _, _, sent in results:
                 assert sent == 2 * TOKENS * HEADS * (DIM + 1) * 8 * 3
+
+
+@pytest.mark.parametrize("storage", [Dense(), Int8(), Int4(group=8)], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_token_held_is_held_once(spec, storage) -> None:
+    """Values tell their positions: over the ranks they are those of one lane, each once."""
+    policy, layer = parse(spec), LayerSpec(HEADS, KV_HEADS, DIM, PLAIN)
+    q, k, _ = made(torch.float32, batch=1)
+    v = torch.arange(TOKENS).float()[:, None].expand(1, KV_HEADS, TOKENS, DIM)
+
+    def held(cache) -> list[int]:
+        lane = cache.lanes[0]
+        used = slice(lane.front, lane.front + lane._used())
+        _, value = lane._decode({n: x[:, :, used] for n, x in lane.fields.items()})
+        sinks = lane._sink_value[0, 0, :, 0].tolist() if lane.sinks else []
+        # What stands past the window waits to be overwritten.
+        return [*sinks, *(x for x in value[0, 0, :, 0].tolist() if round(x) >= least)]
+
+    alone = LayerCache(layer, policy, storage)
+    run(alone, (q, k, v), 7)
+    least = max(0, TOKENS - (policy.capacity or TOKENS) + policy.leading)
+
+    def work(transport):
+        stream = SharedStream(transport, [policy], 0)
+        cache = LayerCache(layer, policy, storage, maker=stream.maker(0))
+        run(cache, (q, k, v), 7)
+        return held(cache)
+
+    shares = simulate(3, work)
+    whole = [round(x) for share in shares for x in share]
+    assert sorted(whole) == sorted(round(x) for x in held(alone))
+    assert len(set(whole)) == len(whole)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_sixteen_bits_cost_no_more_than_alone() -> None:
+    for spec, size in itertools.product(("sinks:3+window:8,block=5", "keep-all"), (1, 30)):
+        exact, _, _ = both(spec, Dense(), None, 1, size)
+        for ranks in (2, 4):
+            low, _, results = both(spec, Dense(), None, ranks, size, torch.bfloat16)
+            error = (low.double() - exact).abs().max()
+            band = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+            assert (results[0][0].double() - exact).abs().max() <= 2 * error + band
