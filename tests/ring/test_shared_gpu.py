@@ -38,7 +38,7 @@ def test_lanes_on_a_gpu(spec, storage, dtype) -> None:
     make, policy = torch.Generator().manual_seed(0), parse(spec)
     shapes = [(2, h, TOKENS, DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
     qkv = [torch.randn(shape, generator=make).to(dtype) for shape in shapes]
-    exact = run(LayerCache(LAYER, policy, storage), [x.float() for x in qkv])
+    exact = run(LayerCache(LAYER, policy, storage), [x.double() for x in qkv])
     moved = [x.cuda() for x in qkv]
     low = run(LayerCache(LAYER, policy, storage), moved)
 
