@@ -1,7 +1,8 @@
 """One sequence over many processes."""
 
-from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.attention import Ring, explain, ring_attention
 from attnspan.ring.decode import ring_decode
+from attnspan.ring.groups import init
 from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
@@ -14,6 +15,8 @@ __all__ = [
     "Striped",
     "Transport",
     "ZigZag",
+    "explain",
+    "init",
     "ring_attention",
     "ring_decode",
 ]
