@@ -105,18 +105,52 @@ def attend(
     Returns:
         `out (batch, num_heads, m, head_dim)` and the scores, or None.
     """
+    out, _, scores = _attend(view, scale, softcap, sink_logits, return_scores, counters)
+    return out, scores
+
+
+def attend_share(
+    view: KVView, *, scale: float | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a share of the keys, in float32 at least: what merges with other shares.
+
+    As `attend`, but a query may see no key of the view, and a part may have none. Where a kernel
+    gives 16 bits, those are what is widened.
+
+    Returns:
+        `out (batch, num_heads, m, head_dim)` and its natural log-sum-exp `(batch, num_heads, m)`,
+        both in float32, or float64 where the queries are. A query that sees no key gives zeros and
+        minus infinity.
+    """
+    query, some = view.parts[0].query, [part for part in view.parts if _key(part).shape[2]]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if not some:
+        out = torch.zeros_like(query, dtype=wide)
+        return out, query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+    out, lse, _ = _attend(KVView(tuple(some)), scale, softcap, None, False, None, share=True)
+    assert lse is not None
+    return out.to(wide), lse.to(wide)
+
+
+def _attend(
+    view: KVView,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    return_scores: bool,
+    counters: Tensor | None,
+    share: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
+    """Output, log-sum-exp (with `share`; else what comes by itself) and scores."""
     query = view.parts[0].query
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     stored = reads_stored(query, _kv_heads(view.parts[0]))
     if stored and query.device.type != "cpu":
-        out, _, scores = gpu_decode.decode(
-            view, scale, softcap, sink_logits, return_scores, counters
-        )
-        return out, scores
+        return gpu_decode.decode(view, scale, softcap, sink_logits, return_scores, counters)
     view = KVView(tuple(map(_masked, view.parts)))
     if stored:
-        out, _, scores = native.decode(view, scale, softcap, sink_logits, return_scores)
-        return out, scores
+        dtype = torch.float32 if share else None
+        return native.decode(view, scale, softcap, sink_logits, return_scores, dtype)
     parts = [part for part in view.parts if isinstance(part, Part)]
     assert len(parts) == len(view.parts), "ask `reads_stored` before handing over a RawPart"
     # A few queries on a GPU: keys repeated for every query head would cost more than the scores.
@@ -129,11 +163,23 @@ def attend(
             softcap=softcap,
             sink_logits=sink_logits,
             return_scores=return_scores,
+            return_lse=share,
         )
-    results = [fused.partial(p.query, p.key, p.value, p.mask, scale) for p in parts]
+    results = [
+        fused.partial(p.query, p.key, p.value, p.mask, scale, _blind(p.mask) if share else None)
+        for p in parts
+    ]
     outs, lses = [out for out, _ in results], [lse for _, lse in results]
     if sink_logits is not None:
         # A learned sink is a part of its own: one key of that score whose value is zero.
         lses.append(sink_logits.to(lses[0].dtype)[:, None].expand_as(lses[0]))
         outs.append(torch.zeros_like(outs[0]))
-    return merge(outs, lses)[0] if len(outs) > 1 else outs[0], None
+    if len(outs) == 1:
+        return outs[0], lses[0], None
+    wide = [out.float() for out in outs] if share and outs[0].itemsize < 4 else outs
+    return *merge(wide, lses), None
+
+
+def _blind(mask: Tensor | None) -> Tensor | None:
+    """Which queries see no key of a part, bool `(m,)`."""
+    return None if mask is None else (mask == -torch.inf).all(-1)

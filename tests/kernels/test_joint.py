@@ -14,7 +14,7 @@ def test_sixteen_bits_cost_one_rounding(dtype, size) -> None:
     q, k, v = make_qkv(3, 40, heads=(4, 2), head_dim=128, dtype=dtype)
     q, k = q * size, k * size
     parts = Part(q, k[:, :, :7], v[:, :, :7]), Part(q, k[:, :, 7:], v[:, :, 7:])
-    out, scores = joint(parts, scale=128**-0.5, return_scores=True)
+    out, _, scores = joint(parts, scale=128**-0.5, return_scores=True)
     seen = torch.ones(3, 40, dtype=torch.bool)
     low, _ = reference(q, k, v, seen, compute=dtype, cast=False)
     exact, _ = reference(q.double(), k.double(), v.double(), seen)
@@ -30,5 +30,5 @@ def test_sixteen_bits_cost_one_rounding(dtype, size) -> None:
 
 def test_fp16_scores_do_not_overflow() -> None:
     q = torch.full((1, 1, 1, 128), 30.0, dtype=torch.float16)
-    out, _ = joint((Part(q, q, q),), scale=1.0)
+    out, _, _ = joint((Part(q, q, q),), scale=1.0)
     torch.testing.assert_close(out, q)

@@ -148,7 +148,7 @@ def test_decoding_reads_storages_as_they_are(storage, turned, n, m) -> None:
     raw = RawPart(q, Stored(storage.kind, fields, mean, 8, angles), mask)
     out, _, scores = native.decode(KVView((front, raw)), 0.3, **options, return_received=True)
     parts = (front, Part(q, key, value, mask))
-    expected, expected_scores = joint(parts, scale=0.3, **options, return_scores=True)
+    expected, _, expected_scores = joint(parts, scale=0.3, **options, return_scores=True)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(scores, expected_scores, atol=2e-5, rtol=2e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from attnspan.cache.ring import RingLane
 from attnspan.cache.storage import Fields, Storage
 from attnspan.cache.tables import Tables
 from attnspan.policies.base import Policy
+
+LaneMaker = Callable[[LayerSpec, Policy, Storage, int, torch.dtype, torch.device, int | None], Lane]
+"""What makes an empty lane of these arguments, which are those of `Lane`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Span:
 
 @dataclass
 class LayerCache:
-    """The lanes of one layer.
+    """The lanes of one layer, which `maker` makes; None: those of this process alone.
 
     Raises:
         ValueError: when the storage can't hold the layer's heads.
@@ -40,6 +44,7 @@ class LayerCache:
     storage: Storage
     limit: int | None = None
     rollback: int = 0
+    maker: LaneMaker | None = None
     lanes: list[Lane] = field(default_factory=list)
     journals: list[Journal] = field(default_factory=list)
 
@@ -52,8 +57,9 @@ class LayerCache:
 
     def lane(self, batch: int, dtype: torch.dtype, device: torch.device) -> Lane:
         """An empty lane for `batch` rows, within this layer's limit."""
-        kind = RingLane if self.policy.band is not None else CompactLane
-        return kind(self.spec, self.policy, self.storage, batch, dtype, device, self.limit)
+        alone = RingLane if self.policy.band is not None else CompactLane
+        make = self.maker or alone
+        return make(self.spec, self.policy, self.storage, batch, dtype, device, self.limit)
 
     def _set(self, lanes: list[Lane]) -> None:
         self.lanes = lanes

@@ -13,13 +13,9 @@ Where frequencies depend on length, keys are held un-rotated and rotated at use.
 the bundled model then loses 26 % of its bits per byte instead of 0.5 %. Nothing stored is ever
 rotated again.
 
->>> from attnspan.cache.ring import Span
->>> Span(sinks=4, window=6, block=1).least(20)  # the oldest token that token 20 sees, sinks apart
-15
->>> Span(sinks=4, window=6, block=8).least(20)  # decided at token 16, which saw tokens 11 to 16
-11
->>> Span(sinks=4, window=6, block=1).place(20)  # inside the cache: 4 sinks, 6 in the window
-9
+A lane may hold every `size`-th token alone, from token `rank` on, where others hold the rest
+(`Span`). Its slots are those of a lane that saw its own tokens only; positions and angles are those
+of the whole stream.
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ from torch import Tensor
 
 from attnspan.cache.clock import Clock
 from attnspan.cache.lane import SEGMENT, Call, Lane
+from attnspan.cache.span import Span
 from attnspan.cache.storage import Dense, Fields
 from attnspan.cache.tables import Tables
 from attnspan.kernels.view import KVView, Part, RawPart
@@ -40,33 +37,12 @@ from attnspan.views import append, attend, reads_stored
 _GROWTH = 256
 
 
-@dataclass(frozen=True)
-class Span:
-    """What a query at a stream position sees of the tokens past the sinks."""
-
-    sinks: int
-    window: int | None
-    block: int
-
-    def least(self, position: int) -> int:
-        """The first token past the sinks that the query at `position` sees."""
-        if self.window is None:
-            return self.sinks
-        decided = position - position % self.block
-        return max(self.sinks, decided - self.window + 1)
-
-    def place(self, position: int) -> int:
-        """The query's own position inside the cache."""
-        if position < self.sinks:
-            return position
-        return self.sinks + position - self.least(position)
-
-
 @dataclass
 class RingLane(Lane):
     """A lane with a rolling buffer."""
 
     span: Span = field(init=False)
+    sinks: int = field(init=False)  # those held here
     slots: int | None = field(init=False)  # of the rolling buffer; None for one that never rolls
     late: bool = field(init=False)  # keys are held un-rotated: angles unknown yet, or means count
     front: int = field(init=False)  # slots before the buffer: dense lanes put the sinks there
@@ -74,36 +50,59 @@ class RingLane(Lane):
     def __post_init__(self) -> None:
         band, capacity = self.policy.band, self.policy.capacity
         assert band is not None, "policies without a closed form have lanes of their own"
-        self.span = Span(band.sinks, band.window, self.policy.block)
-        self.slots = None if capacity is None else capacity - band.sinks
+        rank, size = self._dealt
+        self.span = Span(band.sinks, band.window, self.policy.block, rank, size)
+        self.sinks = self.span.own(band.sinks)
+        self.slots = None if capacity is None else self.span.share(capacity - band.sinks)
         turns = self.spec.rope is not None
         self.late = turns and (self.spec.depends_on_length or self.storage.warmup > 0)
-        self.front = band.sinks if isinstance(self.storage, Dense) else 0
+        self.front = self.sinks if isinstance(self.storage, Dense) else 0
         super().__post_init__()
+
+    @property
+    def _dealt(self) -> tuple[int, int]:
+        """Which tokens are held here: `rank` and `size` of the span."""
+        return 0, 1
 
     def _allocate_extra(self) -> None:
         if self.span.sinks:
-            self.extra["sink_key"] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
-            if not self.front:
-                name = "sink_value"
-                self.extra[name] = self._zeros(self.spec.head_dim, self.dtype, self.span.sinks)
+            sinks = self.span.share(self.span.sinks)
+            self.extra["sink_key"] = self._zeros(self.spec.head_dim, self.dtype, sinks)
+            if not isinstance(self.storage, Dense):
+                self.extra["sink_value"] = self._zeros(self.spec.head_dim, self.dtype, sinks)
+
+    @property
+    def _sink_key(self) -> Tensor:
+        key = self.extra["sink_key"]
+        return key if key.shape[2] == self.sinks else key[:, :, : self.sinks]
 
     @property
     def _sink_value(self) -> Tensor:
-        return self.fields["value"][:, :, : self.front] if self.front else self.extra["sink_value"]
+        dense = isinstance(self.storage, Dense)
+        value = self.fields["value"] if dense else self.extra["sink_value"]
+        return value if value.shape[2] == self.sinks else value[:, :, : self.sinks]
+
+    @property
+    def _front_allotted(self) -> int:
+        """Lanes that share a stream allot equally much, whoever holds a sink more."""
+        return self.span.share(self.span.sinks) if isinstance(self.storage, Dense) else 0
 
     def _slots_needed(self) -> int:
         slots = self.slots if self.slots is not None else self.limit
         if slots is None:
             # Half as much again at each growth: copies stay proportional to the stream.
-            wanted = max(self.seen, int(self.seen * 1.5)) if self.seen else 1
+            seen = self.span.share(self.seen)
+            wanted = max(seen, int(seen * 1.5)) if seen else 1
             slots = -(-wanted // _GROWTH) * _GROWTH
         if self._warm:
-            slots = min(slots, self._freeze_at - self.span.sinks)
-        return self.front + max(1, slots)
+            slots = min(slots, self.span.share(self._freeze_at - self.span.sinks))
+        return self._front_allotted + max(1, slots)
 
     def _slots_full(self) -> int:
-        return self.front + (self.slots or self.limit or 1)
+        return self._front_allotted + (self.slots or self.limit or 1)
+
+    def _slots_seen(self) -> int:
+        return self.span.share(self.seen)
 
     def _cut(self, start: int) -> int:
         end = self.span.sinks if start < self.span.sinks else start + SEGMENT
@@ -121,43 +120,41 @@ class RingLane(Lane):
 
     @property
     def tokens_held(self) -> int:
-        slots = self.slots
-        past = max(0, self.seen - self.span.sinks)
-        return min(self.seen, self.span.sinks) + (past if slots is None else min(past, slots))
+        return min(self.span.own(self.seen), self.sinks) + self._used()
 
     def _used(self) -> int:
-        return max(0, self.tokens_held - self.span.sinks)
+        return max(0, self._slots_after(self.seen - 1))
 
     def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        start, m, sinks = self.seen, q.shape[2], self.span.sinks
+        start, m, span = self.seen, q.shape[2], self.span
         parts: tuple[Part | RawPart, ...]
-        if start < sinks:
+        if start < span.sinks:
             return self._first(q, k, v, call)
-        length, tables, turned = self.span.place(start) + 1, call.tables, call.rotated
+        length, tables, turned = span.place(start) + 1, call.tables, call.rotated
         rotated = q if turned else self._rotate(q, start, length, tables)
         stored = k if turned or self.late else self._rotate(k, start, length, tables)
-        new = self._encode(stored, v)
+        new = self._encode(span.mine(stored, start), span.mine(v, start))
         if m == 1:
-            self._write(start, new)
-            count = min(start + 1 - sinks, self.slots or start + 1)
+            self._write(start, m, new)
+            count = self._slots_after(start)
             held = slice(self.front, self.front + count)
             fields = {n: x[:, :, held] for n, x in self.fields.items()}
             mask = None
-            if self.span.block > 1 and start + 1 - self.span.least(start) < count:
+            if span.own(start + 1) - span.own(span.least(start)) < count:
                 mask = self._mask(tables, start, m)
             if (self.late or not isinstance(self._holder, Dense)) and reads_stored(
                 q, self.spec.num_kv_heads
             ):
                 angles = self._slot_angles(q, start, m, length, tables) if self.late else None
                 parts = (RawPart(rotated, self._stored(fields, angles), mask),)
-                if sinks:
+                if self.sinks:
                     sink_key = self._turned_sinks(start, length, tables)
                     parts = (Part(rotated, sink_key, self._sink_value), *parts)
             else:
                 key, value = self._decode(fields)
                 if self.late:
                     key = self._rotate_slots(key, start, m, length, tables)
-                if sinks:
+                if self.sinks:
                     key, value, mask = self._behind_sinks(key, value, mask, start, length, tables)
                 parts = (Part(rotated, key, value, mask),)
         else:
@@ -167,14 +164,20 @@ class RingLane(Lane):
             if self.late:
                 key = self._rotate_slots(key, start, m, length, tables)
             parts = (Part(rotated, key, value, self._mask(tables, start, m)),)
-            if sinks:
+            if self.sinks:
                 places = self._at_places(q, start, length, call)
-                parts = (Part(places, self._sinks(sinks, length, tables), self._sink_value), *parts)
+                sink_key = self._sinks(self.sinks, length, tables)
+                parts = (Part(places, sink_key, self._sink_value), *parts)
         out = self._attend(parts, call)
         if m > 1:
-            self._write(start, new)
+            self._write(start, m, new)
         self._advance(stored)
         return out
+
+    def _slots_after(self, position: int) -> int:
+        """The slots of the buffer in use once the token at `position` is in."""
+        past = self.span.own(position + 1) - self.sinks
+        return past if self.slots is None else min(past, self.slots)
 
     def lacks_step(self) -> str | None:
         if self.spec.depends_on_length:
@@ -267,23 +270,32 @@ class RingLane(Lane):
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Takes in tokens that are sinks themselves."""
-        start, m, tables = self.seen, q.shape[2], call.tables
+        start, m, tables, span = self.seen, q.shape[2], call.tables, self.span
         stop = start + m
         done = call.rotated or self.late
-        self.extra["sink_key"][:, :, start:stop] = (
-            k if done else self._rotate(k, start, stop, tables)
-        )
-        self._sink_value[:, :, start:stop] = v
+        mine = slice(span.own(start), span.own(stop))
+        key = k if done else self._rotate(k, start, stop, tables)
+        self._sink_key[:, :, mine] = span.mine(key, start)
+        self._sink_value[:, :, mine] = span.mine(v, start)
         query = q if call.rotated else self._rotate(q, start, stop, tables)
         mask = self._mask(tables, start, m, sinks_only=True) if m > 1 else None
-        key = self._sinks(stop, stop, tables)
+        key = self._sinks(mine.stop, stop, tables)
         self._advance(k)
-        return self._attend((Part(query, key, self._sink_value[:, :, :stop], mask),), call)
+        return self._attend((Part(query, key, self._sink_value[:, :, : mine.stop], mask),), call)
 
     def _sinks(self, count: int, length: int, tables: Tables) -> Tensor:
-        """The keys of the first sinks, rotated by their own places."""
-        key = self.extra["sink_key"][:, :, :count]
-        return self._rotate(key, 0, length, tables) if self.late else key
+        """The keys of the first sinks held, rotated by their own places."""
+        key = self._sink_key[:, :, :count]
+        return self._rotate_sinks(key, 0, length, tables) if self.late else key
+
+    def _rotate_sinks(self, key: Tensor, shift: int, length: int, tables: Tables) -> Tensor:
+        """Sinks that are held un-rotated, rotated by their places and `shift` more."""
+        rope, rank, size = self.spec.rope, self.span.rank, self.span.size
+        if rope is None or size == 1:
+            return self._rotate(key, shift, length, tables)
+        stop = shift + rank + size * key.shape[2]
+        cos, sin = tables.angles(rope, shift + rank, stop, length, key)
+        return rope.turn(key, cos[::size], sin[::size])
 
     def _behind_sinks(
         self,
@@ -295,7 +307,7 @@ class RingLane(Lane):
         tables: Tables,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values for the one query at `start`, with the sinks in front of them."""
-        sinks, sink_key = self.span.sinks, self._turned_sinks(start, length, tables)
+        sinks, sink_key = self.sinks, self._turned_sinks(start, length, tables)
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (sinks, 0))
         if not self.front or self.late:
@@ -312,10 +324,10 @@ class RingLane(Lane):
         They stand right before the oldest token that the query sees, which is where their places
         inside the cache put them; so one frame of positions serves all keys.
         """
-        rope, sink_key = self.spec.rope, self.extra["sink_key"]
+        rope, sink_key = self.spec.rope, self._sink_key
         shift = self.span.least(start) - self.span.sinks
         if self.late:
-            return self._rotate(sink_key, shift, length, tables)
+            return self._rotate_sinks(sink_key, shift, length, tables)
         if rope is None or not shift:
             return sink_key
         angles = tables.angles(rope, shift, shift + 1, length, sink_key, scaled=False)
@@ -381,18 +393,18 @@ class RingLane(Lane):
 
         One new token is read where it was written; several are read behind the old ones.
         """
-        sinks, slots = self.span.sinks, self.slots
-        stop = start + 1 if m == 1 else start
-        held = stop - sinks
-        if slots is None or held <= slots:
-            old = torch.arange(sinks, stop, device=device)
+        span, sinks, slots = self.span, self.sinks, self.slots
+        before, after = span.own(start), span.own(start + m)
+        stop = after if m == 1 else before
+        if slots is None or stop - sinks <= slots:
+            old = span.positions(sinks, max(sinks, stop), device)
         else:
             slot = torch.arange(slots, device=device)
             last = stop - 1
-            old = last - ((last - sinks) % slots - slot) % slots
+            old = (last - ((last - sinks) % slots - slot) % slots) * span.size + span.rank
         if m == 1:
             return old
-        return torch.cat((old, torch.arange(start, start + m, device=device)))
+        return torch.cat((old, span.positions(before, after, device)))
 
     def _mask(self, tables: Tables, start: int, m: int, sinks_only: bool = False) -> Tensor:
         key = ("mask", self.span, self.slots, start, m, sinks_only, self.dtype, self.device)
@@ -400,7 +412,7 @@ class RingLane(Lane):
         def make() -> tuple[Tensor]:
             query = torch.arange(start, start + m, device=self.device)[:, None]
             if sinks_only:
-                position = torch.arange(start + m, device=self.device)
+                position = self.span.positions(0, self.span.own(start + m), self.device)
                 seen = position <= query
             else:
                 position = self._positions(start, m, self.device)
@@ -413,13 +425,15 @@ class RingLane(Lane):
 
         return tables.get(key, make)[0]
 
-    def _write(self, start: int, new: Fields) -> None:
-        """Writes tokens from stream position `start` on to their slots."""
-        first = start - self.span.sinks
+    def _write(self, start: int, count: int, new: Fields) -> None:
+        """Writes `new`, the own ones of `count` tokens from position `start` on, to their slots."""
+        first = self.span.own(start) - self.sinks
         m = next(iter(new.values())).shape[2]
         slots = self.slots
         if slots is None:
-            self._grow(self.front + first + m)
+            # Lanes that share a stream grow at once, and are full at once.
+            past = self.span.share(start + count - self.span.sinks)
+            self._grow(self._front_allotted + past)
             self._put(self.front + first, new)
             return
         skipped = max(0, m - slots)  # those would be overwritten by the same segment

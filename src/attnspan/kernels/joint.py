@@ -22,13 +22,18 @@ def joint(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     return_scores: bool = False,
-) -> tuple[Tensor, list[Tensor] | None]:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
     """Attention of the same queries over disjoint parts of the keys.
 
+    Every query must see a key, unless `return_lse` is set: one that sees none then gives zeros and
+    minus infinity.
+
     Returns:
-        `out (batch, num_heads, m, head_dim)`, and with `return_scores`, for each part, the
-        attention that its keys received, summed over the queries and the query heads of a KV head,
-        float32 `(batch, num_kv_heads, n)`.
+        `out (batch, num_heads, m, head_dim)` in the dtype of the queries; with `return_lse` in
+        float32 or float64, with its log-sum-exp `(batch, num_heads, m)`; and with `return_scores`,
+        for each part, the attention that its keys received, summed over the queries and the query
+        heads of a KV head, float32 `(batch, num_kv_heads, n)`.
     """
     query = parts[0].query
     batch, heads, m, head_dim = query.shape
@@ -46,7 +51,13 @@ def joint(
     if sink_logits is not None:
         sink = sink_logits.to(wide).view(1, kv_heads, -1, 1, 1)
         logits.append(sink.expand(batch, -1, -1, m, 1).flatten(2, 3))
-    weights = torch.softmax(torch.cat(logits, -1) if len(logits) > 1 else logits[0], dim=-1)
+    x, lse = torch.cat(logits, -1) if len(logits) > 1 else logits[0], None
+    if return_lse:
+        lse = torch.logsumexp(x, -1, keepdim=True)
+        weights = torch.exp(x - lse.masked_fill(lse == -torch.inf, 0))
+        lse = lse.view(batch, heads, m)
+    else:
+        weights = torch.softmax(x, dim=-1)
     out, scores, start = None, [], 0
     for part in parts:
         n = part.key.shape[2]
@@ -57,4 +68,5 @@ def joint(
         out = term if out is None else out + term
         start += n
     assert out is not None, "a view has at least one part"
-    return out.view(batch, heads, m, head_dim).to(query.dtype), scores if return_scores else None
+    out = out.view(batch, heads, m, head_dim)
+    return out if return_lse else out.to(query.dtype), lse, scores if return_scores else None

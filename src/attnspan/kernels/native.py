@@ -400,6 +400,7 @@ def decode(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     return_received: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
     """Attention of a view's few queries over all its parts, keys and values read as stored.
 
@@ -410,10 +411,12 @@ def decode(
         sink_logits: as in `attnspan.attention`.
         return_received: give, for each part, what `received` gives, at the price of the scores in
             memory.
+        dtype: that of `out`; None: the queries'.
 
     Returns:
-        `out (batch, Hq, m, value_dim)` in the queries' dtype, `lse (batch, Hq, m)` in float32, and
-        for each part `(batch, Hkv, n)` in float32, or None.
+        `out (batch, Hq, m, value_dim)`, `lse (batch, Hq, m)` in float32, and for each part
+        `(batch, Hkv, n)` in float32, or None. A query that sees no key gives zeros and minus
+        infinity (with a sink logit: that logit).
     """
     query = view.parts[0].query
     batch, heads, m, width = query.shape
@@ -471,4 +474,4 @@ def decode(
     )
     build().library.attnspan_decode(numbers.ctypes.data, scale, softcap or 0.0)
     scores = None if total is None else list(total.split(lengths, 2))
-    return out.to(query.dtype), lse, scores
+    return out.to(query.dtype if dtype is None else dtype), lse, scores

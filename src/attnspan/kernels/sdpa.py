@@ -85,21 +85,27 @@ def sdpa(
 
 
 def partial(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    blind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over some of the keys and its log-sum-exp, without gradients.
 
-    `bias` is additive, `(n, m)`, in the dtype of `q`; every query must see a key.
+    `bias` is additive, `(n, m)`, in the dtype of `q`. Queries that see no key must be marked by
+    `blind`, bool `(n,)`: they give zeros and minus infinity.
     """
     if bias is not None:
         if bias.device.type != "cpu" and bias.stride(0) * bias.element_size() % 16:
             bias = F.pad(bias, (0, -bias.shape[1] % 8))[:, : bias.shape[1]]
         bias = bias.expand(1, 1, *bias.shape)
     if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
-        return _forward(q, k, v, None, bias, None, False, scale)
+        return _forward(q, k, v, None, bias, blind, False, scale)
     # The query heads of a KV head stand as its queries, so that K and V are read once for them.
     packed = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-    out, lse = _forward(packed, k, v, None, bias, None, False, scale)
+    out, lse = _forward(packed, k, v, None, bias, blind, False, scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 

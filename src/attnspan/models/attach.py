@@ -150,6 +150,7 @@ class _Attachment:
         whole: Tensor,
     ) -> Any:
         batch, length = whole.shape[:2]
+        cache.agree(kwargs)
         self._check_whole(cache, kwargs, batch, length)
         keep = kwargs.get("logits_to_keep") or 0
         outputs, results = [], None
@@ -241,6 +242,7 @@ class _Attachment:
         cache: Cache = kwargs["past_key_values"]
         if cache.model is not self.model:
             raise ValueError("past_key_values is an attnspan.Cache made for another model")
+        cache.agree(kwargs)
         if self._asked("output_attentions", kwargs):
             raise ValueError("output_attentions is True; a bounded cache has no weights to return")
         whole = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from attnspan.cache.tables import Tables
 from attnspan.models.anatomy import Anatomy, anatomy_of
 from attnspan.models.budget import held_limit, planned_tables, resolve
 from attnspan.policies import PerLayer, Policy
+from attnspan.ring.cache import SharedStream
+from attnspan.ring.groups import transport_of
 
 
 class Cache(TransformersCache):
@@ -38,10 +40,18 @@ class Cache(TransformersCache):
         max_bytes: a hard bound on the cache's bytes, what it stages while it works included.
         rollback: how many tokens `crop` may take back.
         chunk: longer inputs go through the model in chunks of so many tokens.
+        ring: processes that share the cache, as a ProcessGroup, a DeviceMesh of one dimension or a
+            `Transport` (`attnspan.ring.groups.transport_of(group, deadline)` gives one that waits
+            other than ten seconds); None: this process alone. Each runs the model, with the same
+            weights, on the same tokens, and holds one in N of the keys and values; in each layer
+            one small exchange gives all of them the exact output. The policies are KeepAll, Window
+            and SinkWindow, each with any storage; `max_bytes` bounds each process. What one process
+            calls with, or has seen, must be what all do: otherwise every call raises `RingMismatch`
+            on all of them, and nothing has changed.
 
     Raises:
-        ValueError: where the model can't be cached exactly, a size is wrong or `max_bytes` is too
-            small; the sentence names which.
+        ValueError: where the model can't be cached exactly, a size is wrong, `max_bytes` is too
+            small or a ring can't share such a cache; the sentence names which.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class Cache(TransformersCache):
         max_bytes: int | None = None,
         rollback: int = 0,
         chunk: int = 1024,
+        ring: Any = None,
     ) -> None:
         for name, value, least in (
             ("max_bytes", max_bytes, 1),
@@ -75,6 +86,10 @@ class Cache(TransformersCache):
         self.storage = storage if storage is not None else Dense()
         self.max_bytes, self.rollback, self.chunk = max_bytes, rollback, chunk
         self.policies = resolve(policy, self.anatomy.layers)
+        self.ring = None
+        if ring is not None:
+            transport = transport_of(ring, device=self.device)
+            self.ring = SharedStream(transport, self.policies, rollback)
         self.tables = Tables()
         self.caches: list[LayerCache] = []
         self.dtype: torch.dtype = next(model.parameters()).dtype
@@ -95,19 +110,32 @@ class Cache(TransformersCache):
         self.peak_tokens_held = 0
         self.broken = False
         self.clock: Clock | None = None
+        if self.ring is not None:
+            self.ring.trail = self.ring.weights = ""
 
     def _empty(self, limit: int | None = None) -> list[LayerCache]:
+        makers = [
+            None if self.ring is None else self.ring.maker(i) for i in range(len(self.policies))
+        ]
         return [
-            LayerCache(layer.spec, policy, self.storage, limit, self.rollback)
-            for layer, policy in zip(self.anatomy.layers, self.policies, strict=True)
+            LayerCache(layer.spec, policy, self.storage, limit, self.rollback, maker)
+            for layer, policy, maker in zip(self.anatomy.layers, self.policies, makers, strict=True)
         ]
 
     # What users ask ---------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now: keys, values, scales, scores, positions and journals."""
+        """Bytes allocated now: keys, values, scales, scores, positions and journals.
+
+        With a ring, those of this process.
+        """
         return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes allocated now in all processes of the ring together: each has as many."""
+        return self.nbytes * (1 if self.ring is None else self.ring.transport.size)
 
     @property
     def tokens_seen(self) -> int:
@@ -116,16 +144,34 @@ class Cache(TransformersCache):
 
     @property
     def tokens_held(self) -> int:
-        """Slots in use, in the layer and row that hold most."""
+        """Slots in use, in the layer and row that hold most; with a ring, in this process."""
         return max((lane.tokens_held for c in self.caches for lane in c.lanes), default=0)
 
     def __repr__(self) -> str:
+        ring = "" if self.ring is None else f"{self.ring}, "
         return (
-            f"Cache({self.policy}, {self.storage}, {self.tokens_seen} tokens seen, "
+            f"Cache({self.policy}, {self.storage}, {ring}{self.tokens_seen} tokens seen, "
             f"{self.tokens_held} held, {self.nbytes} bytes)"
         )
 
     # One forward, called by the attachment ------------------------------------------------------
+
+    def agree(self, call: Mapping[str, Any]) -> None:
+        """With a ring, holds what a call brings, and how the cache stands, against all processes.
+
+        Nothing of the cache changes if this raises.
+
+        Raises:
+            RingMismatch: on every process alike, where one of them differs.
+            RingPeerLost: a process is gone or hangs.
+        """
+        if self.ring is None:
+            return
+        if not self.ring.weights:
+            self.ring.weights = model_fingerprint(self.model)  # once a stream: it reads them all
+        names = ("policy", "storage", "dtype", "max_bytes", "chunk", "columns", "broken")
+        standing = {name: str(getattr(self, name)) for name in names}
+        self.ring.agree({**standing, "device": self.device.type}, call)
 
     def new_tokens(self, batch: int, width: int, mask: Any) -> Tensor | None:
         """Which of `width` new columns are tokens, bool `(batch, width)` on the CPU; None: all.
@@ -300,6 +346,8 @@ class Cache(TransformersCache):
             self.peak_tokens_held = max(
                 min(self.tokens_seen, p.capacity or self.tokens_seen) for p in self.policies
             )
+            if self.ring is not None:
+                self.peak_tokens_held = self.tokens_held
 
     @cached_property
     def _steady_from(self) -> float:
@@ -381,6 +429,7 @@ class Cache(TransformersCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Row `i` becomes what row `indices[i]` was."""
+        self.agree({"the rows chosen": indices})
         if not self.rows:
             return
         indices = indices.cpu()
@@ -419,17 +468,21 @@ class Cache(TransformersCache):
     # Snapshots ------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a saved state must agree with: model, policy, storage, dtype and rollback."""
+        """What a saved state must agree with: model, policy, storage, dtype, rollback and rank."""
         return {
             "model": model_fingerprint(self.model),
             "policy": str(self.policy),
             "storage": str(self.storage),
             "dtype": str(self.dtype).removeprefix("torch."),
             "rollback": self.rollback,
+            "ring": None if self.ring is None else str(self.ring),
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON that `load_state` of a like cache takes over bit for bit."""
+        """Tensors and JSON that `load_state` of a like cache takes over bit for bit.
+
+        With a ring, this process's part: every process saves, and loads, its own.
+        """
         tensors: dict[str, Tensor] = {}
         layers = []
         for i, cache in enumerate(self.caches):
@@ -438,6 +491,8 @@ class Cache(TransformersCache):
             layers.append(counts)
         names = ("rows", "seen", "runs", "columns", "peak_bytes", "peak_tokens_held")
         meta = {name: getattr(self, name) for name in names}
+        if self.ring is not None:
+            meta["trail"] = self.ring.trail
         return tensors, {**meta, "layers": layers, "fingerprint": self.fingerprint()}
 
     def load_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -455,7 +510,8 @@ class Cache(TransformersCache):
                     f"the state was saved with {name} {theirs!r}; this cache has {value!r}"
                 )
         names = ("rows", "seen", "runs", "columns", "peak_bytes", "peak_tokens_held")
-        missing = [name for name in (*names, "layers") if name not in meta]
+        shared = () if self.ring is None else ("trail",)
+        missing = [name for name in (*names, "layers", *shared) if name not in meta]
         if missing or len(meta["layers"]) != len(self.caches):
             raise ValueError(f"the state is not whole: {missing or 'some layers'} missing")
         limit = None
@@ -485,6 +541,8 @@ class Cache(TransformersCache):
         for name in names:
             setattr(self, name, meta[name])
         self.runs = [[(a, b) for a, b in lane] for lane in self.runs]
+        if self.ring is not None:
+            self.ring.trail = meta["trail"]
         self._check_budget(self.batch_size if self.rows else 1)
 
 

@@ -1,6 +1,7 @@
 """One sequence over many processes."""
 
 from attnspan.ring.attention import Ring, explain, ring_attention
+from attnspan.ring.decode import ring_decode
 from attnspan.ring.groups import init
 from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
@@ -17,4 +18,5 @@ __all__ = [
     "explain",
     "init",
     "ring_attention",
+    "ring_decode",
 ]
