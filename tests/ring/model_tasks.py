@@ -2,54 +2,171 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from tiny import tiny
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tiny import tiny, tiny_llama
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from attnspan import attach
 from attnspan.models import ringed
+from attnspan.patterns import Causal, SlidingWindow
 from attnspan.ring.attention import Ring
 
+Answer = tuple[Tensor, Tensor | None, dict[str, Tensor]]
+"""Logits of a shard, the loss, and gradients."""
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    """Whole ones, of parameters that FSDP2 has cut too."""
+
+def checkpointed(model: Any) -> None:
+    """The model's layers run again for their gradients."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+
+
+def step(model: Any, inputs: dict[str, Any]) -> Answer:
+    output = model(**inputs)
+    if output.loss is None:
+        return output.logits.detach(), None, {}
+    output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {
-        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        for name, grad in grads.items()
-    }
+    return output.logits.detach(), output.loss.detach(), grads
 
 
-def group_of(rank: int, size: int, ring: int) -> Any:
-    """The ring of this process, where the world has several; the world where it is one."""
-    if ring == size:
-        return dist.group.WORLD
-    return init_device_mesh("cpu", (size // ring, ring), mesh_dim_names=("dp", "ring"))["ring"]
+def alone(family: str, inputs: dict[str, Any], pattern: Any = None, **changes: Any) -> Answer:
+    """What one process gives."""
+    model = tiny(family, **changes).train()
+    if pattern is None:
+        return step(model, inputs)
+    with attach(model, pattern):
+        return step(model, inputs)
 
 
-def forward_and_backward(
+def in_ring(
     rank: int,
     size: int,
     family: str,
     layout: Any,
     inputs: dict[str, Any],
     pattern: Any = None,
-    *changes: str,
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """A shard's logits, the loss, and gradients."""
-    model = tiny(family).train()
-    if "checkpoint" in changes:
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)()
+    changes: dict[str, Any] | None = None,
+    again: bool = False,
+    wrong: str = "",
+) -> Answer:
+    """On a ring of all processes; `again`: with activation checkpoints."""
+    model, group = tiny(family, **(changes or {})).train(), dist.group.WORLD
+    if again:
+        checkpointed(model)
+    ring = group if layout is None else Ring(group, layout)
+    with broken(wrong), attach(model, pattern, ring=ring):
+        return step(model, inputs)
+
+
+@contextmanager
+def broken(what: str) -> Iterator[None]:
+    """For the block's length, one mistake that the tests must see."""
+    right_shard, right_backward = ringed._Run._shard, ringed._WholeLoss.backward
+
+    def shifted_late(self: Any, whole: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        local = right_shard(self, whole, kwargs)
+        labels = self.ring.layout.shard(
+            kwargs["labels"], 1, self.transport.rank, self.transport.size
+        )
+        local["shift_labels"] = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        return local
+
+    def counted_from_zero(self: Any, whole: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        local = right_shard(self, whole, kwargs)
+        local["position_ids"] = torch.arange(local["position_ids"].shape[1])[None]
+        return local
+
+    def unscaled(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return right_backward(ctx, *grads)[0] / ctx.size, None
+
+    mistakes: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+        "labels shifted after sharding": (ringed._Run, "_shard", shifted_late),
+        "positions of the shard": (ringed._Run, "_shard", counted_from_zero),
+        "gradients unscaled": (ringed._WholeLoss, "backward", staticmethod(unscaled)),
+    }
+    if not what:
+        yield
+        return
+    with patch.object(*mistakes[what]):
+        yield
+
+
+def sharded(
+    rank: int, size: int, family: str, over: str, inputs: dict[str, Any], again: bool
+) -> Answer:
+    """Rings of two; the rows of the batch lie over the other dimension, the weights over `over`."""
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("rows", "ring"))
+    weights = {
+        "all processes": init_device_mesh("cpu", (size,)),
+        # Hybrid: copies over the first dimension, cut over the second.
+        "both dimensions": mesh,
+        "rows": mesh["rows"],
+        "ring": mesh["ring"],
+    }[over]
+    model = tiny(family, num_hidden_layers=2).train()
+    if again:
+        checkpointed(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=weights)
+    fully_shard(model, mesh=weights)
+    row = mesh.get_local_rank("rows")
+    mine = {name: x[row : row + 1] for name, x in inputs.items()}
+    with attach(model, ring=mesh["ring"]):
+        logits, loss, grads = step(model, mine)
+    return logits, loss, {name: grad.full_tensor() for name, grad in grads.items()}  # type: ignore[attr-defined]
+
+
+def refusals(rank: int, size: int, calls: list[dict[str, Any]]) -> list[str]:
+    """The sentence that each call is refused with; then one that is taken."""
+    model, said = tiny_llama(), []
+    with attach(model, ring=dist.group.WORLD):
+        for call in calls:
+            # "on 1" is what rank 1 alone calls with.
+            mine = {**call, **call.get("on 1", {})} if rank else dict(call)
+            mine.pop("on 1", None)
+            said.append(raised(lambda mine=mine: model(**mine)))
+        model(input_ids=torch.arange(8)[None])
+    return said
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refused_attachments(rank: int, size: int) -> dict[str, str]:
+    """What ranks that don't attach alike hear; "ignored" where none of it matters."""
+
+    def entered(model: Any, *args: Any, **kwargs: Any) -> str:
+        def enter() -> None:
+            with attach(model, *args, **kwargs):
+                pass
+
+        return raised(enter)
+
     group = dist.group.WORLD
-    with attach(model, pattern, ring=group if layout is None else Ring(group, layout)):
-        output = model(**inputs)
-        if output.loss is None:
-            return output.logits.detach(), None, {}
-        output.loss.backward()
-    return output.logits.detach(), output.loss.detach(), gradients(model)
+    dropping = tiny_llama(attention_dropout=0.1).train()
+
+    def train() -> None:
+        with attach(dropping, ring=group):
+            dropping(input_ids=torch.arange(8)[None])
+
+    return {
+        "weights": entered(tiny_llama(seed=rank), ring=group),
+        "patterns": entered(tiny_llama(), SlidingWindow(3 + rank), ring=group),
+        "layers": entered(tiny_llama(), [Causal()] * (2 - rank), ring=group),
+        "ring": entered(tiny_llama(), ring="all"),
+        "dropout": raised(train),
+    }

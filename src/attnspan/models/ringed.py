@@ -120,8 +120,9 @@ def _agree(
 ) -> None:
     """Raises on every rank alike, whether one alone refuses its arguments or all do."""
     transport.layer = None
-    refused = "refused: " + str(error) if error else "accepted"
-    transport.agree({"the call": refused} | {name: facts.get(name, "") for name in names}, BY)
+    verdict = f"refused ({error})" if error else "accepted"
+    told = {name: facts.get(name, "None") for name in names}
+    transport.agree({"arguments": verdict} | told, BY)
     if error is not None:
         raise error
 
