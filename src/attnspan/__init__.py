@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from attnspan.policies import PerLayer as PerLayer
     from attnspan.policies import SinkWindow as SinkWindow
     from attnspan.policies import Window as Window
+    from attnspan.ring import Contiguous as Contiguous
+    from attnspan.ring import Ring as Ring
+    from attnspan.ring import RingMismatch as RingMismatch
+    from attnspan.ring import RingPeerLost as RingPeerLost
+    from attnspan.ring import Striped as Striped
+    from attnspan.ring import ZigZag as ZigZag
+    from attnspan.ring import ring_attention as ring_attention
 
 __version__ = "0.1.0"
 
@@ -54,6 +61,15 @@ _HOMES = {
         "Strided",
     ),
     "policies": ("Compressive", "HeavyHitter", "KeepAll", "PerLayer", "SinkWindow", "Window"),
+    "ring": (
+        "Contiguous",
+        "Ring",
+        "RingMismatch",
+        "RingPeerLost",
+        "Striped",
+        "ZigZag",
+        "ring_attention",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -129,8 +129,8 @@ def attention(
     >>> attention(q, k, v)[0, 0, 0]
     tensor([0.3333, 0.3333, 0.3333, 0.0000])
     """
-    _check_tensors(q, k, v, sink_logits)
-    _check_options(pattern, scale, softcap, q_offset, impl, return_lse)
+    check_tensors(q, k, v, sink_logits)
+    check_options(pattern, scale, softcap, q_offset, impl, return_lse)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if factor <= 0:  # which torch's kernels mask wrongly
@@ -225,8 +225,8 @@ def received(
     >>> received(q, k)[0, 0]
     tensor([1.8333, 0.8333, 0.3333])
     """
-    _check_tensors(q, k, k, sink_logits, "received")
-    _check_options(pattern, scale, softcap, q_offset, by="received")
+    check_tensors(q, k, k, sink_logits, "received")
+    check_options(pattern, scale, softcap, q_offset, by="received")
     if lse is None:
         _, lse = attention(
             q,
@@ -288,8 +288,8 @@ def explain(
     >>> print(explain(x.double(), x.double(), x.double(), softcap=30.0))
     reference: native can't: it has no float64; cpu can't: it has no logit soft cap
     """
-    _check_tensors(q, k, v, sink_logits)
-    _check_options(pattern, scale, softcap, q_offset, impl, return_lse)
+    check_tensors(q, k, v, sink_logits)
+    check_options(pattern, scale, softcap, q_offset, impl, return_lse)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     wants_lse = return_lse or sink_logits is not None
     name, lacking = _choose(q, k, v, pattern, offset, softcap, wants_lse, impl)
@@ -404,7 +404,8 @@ def _native_lacks(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> str
     return native.lacks(q, k, v)
 
 
-def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attention") -> None:
+def check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attention") -> None:
+    """Raises what `attention` documents, in the name of `by`, for tensors that don't fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{by}: {name} is a {type(x).__name__}; a tensor is allowed")
@@ -446,7 +447,7 @@ def _check_tensors(q: Any, k: Any, v: Any, sink_logits: Any, by: str = "attentio
         )
 
 
-def _check_options(
+def check_options(
     pattern: Any,
     scale: Any,
     softcap: Any,
@@ -455,6 +456,7 @@ def _check_options(
     return_lse: Any = False,
     by: str = "attention",
 ) -> None:
+    """Raises what `attention` documents, in the name of `by`, for options that aren't allowed."""
     if not isinstance(pattern, Pattern):
         raise TypeError(
             f"{by}: pattern is {_short(pattern)}; a Pattern such as Causal() is allowed"

@@ -96,11 +96,16 @@ def choose(
     `backward` asks for one with gradients, whoever computed the attention itself.
     """
     for impl in IMPLS:
-        if backward and (impl not in _BACKWARD or _BACKWARD[impl].lacks(q, k, v)):
+        if backward and lacks_backward(impl, q, k, v) is not None:
             continue
         if lacks(impl, q, k, v, pattern, q_offset, softcap) is None:
             return impl
     return None
+
+
+def lacks_backward(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What a backward lacks for these inputs, as the end of a sentence; None: nothing."""
+    return "it has no backward" if impl not in _BACKWARD else _BACKWARD[impl].lacks(q, k, v)
 
 
 def ranking(q: Tensor, pattern: str, with_lse: bool, with_backward: bool) -> rates.Ranking | None:
@@ -264,9 +269,7 @@ def backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from the whole attention's `out` and `lse`."""
-    if impl not in _BACKWARD:
-        raise ValueError(f"attention: impl {impl!r} has no backward")
-    if lack := _BACKWARD[impl].lacks(q, k, v):
+    if lack := lacks_backward(impl, q, k, v):
         raise ValueError(f"attention: impl {impl!r} can't do the backward of this: {lack}")
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     if impl == "hopper":

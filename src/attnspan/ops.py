@@ -99,25 +99,42 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype, from those of `attention`'s results."""
-    lengths = q.shape[2], k.shape[2], q_offset
     given = grad_out, grad_lse, q, k, v, out, lse
+    chosen = impl
     if impl == "auto":
         chosen = gpu.choose(q, k, v, pattern, q_offset, softcap, True) or _definition(q, k)
-    else:
-        chosen = impl
-    if chosen == "reference":
-        grads = _reference_backward(*given, pattern, q_offset, scale, softcap)
-    elif chosen in gpu.IMPLS:
-        grads = gpu.backward(chosen, *given, pattern, q_offset, scale, softcap)
-    elif impl == "native":
-        grads = native.backward(*given, passes(pattern, *lengths, native.TILE), scale, softcap)
-    else:
-        grads = cpu.backward(*given, passes(pattern, *lengths, cpu.TILE), scale)
+    grads = wide_backward(*given, pattern, q_offset, scale, softcap, chosen)
     if impl in _LAID_OUT:
         laid = [gpu.laid_out(x, like) for x, like in zip(grads, (q, k, v), strict=True)]
         return laid[0], laid[1], laid[2]
     grad_q, grad_k, grad_v = (x.to(q.dtype).contiguous() for x in grads)
     return grad_q, grad_k, grad_v
+
+
+def wide_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v as the implementation has them, in float32 where it adds up so."""
+    given = grad_out, grad_lse, q, k, v, out, lse
+    if impl == "reference":
+        return _reference_backward(*given, pattern, q_offset, scale, softcap)
+    if impl in gpu.IMPLS:
+        return gpu.backward(impl, *given, pattern, q_offset, scale, softcap)
+    lengths = q.shape[2], k.shape[2], q_offset
+    if impl == "native":
+        return native.backward(*given, passes(pattern, *lengths, native.TILE), scale, softcap)
+    return cpu.backward(*given, passes(pattern, *lengths, cpu.TILE), scale)
 
 
 attention_backward = torch.library.custom_op("attnspan::attention_backward", mutates_args=())(

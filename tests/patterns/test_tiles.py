@@ -189,7 +189,7 @@ def test_queries_that_are_off_by_one_are_seen(monkeypatch) -> None:
 
 def test_a_stride_that_is_off_by_one_is_seen(monkeypatch) -> None:
     check_plan(Strided(3, 5), 40, 40, 0, 4)
-    monkeypatch.setattr(Distance, "thin", lambda self, step, residue: Distance(1, None))
+    monkeypatch.setattr(Distance, "thin", lambda self, step, residue, lead=0: Distance(1, None))
     with pytest.raises(AssertionError):
         check_plan(Strided(3, 5), 40, 40, 0, 4)
     assert str(Stride(5)) == "Stride(5)"

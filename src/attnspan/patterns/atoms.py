@@ -1,8 +1,9 @@
 """The atoms that every pattern is made of.
 
-Each atom is closed under `thin(step, key)`: of its pairs, those whose query and key positions both
-leave the remainder `key` by `step`, with positions counted along that residue class. So a pattern
-with a stride is computed class by class, and each class is an ordinary dense problem.
+Each atom is closed under `thin(step, residue)`: of its pairs, those whose query and key positions
+are `residue + step * t`, in terms of `t`. So a pattern with a stride is computed class by class,
+and each class is an ordinary dense problem; with a step of 1 it is the pattern from another origin.
+All but strides are closed under `thin(step, residue, lead)` too: queries then stand `lead` further.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ class Atom(Pattern):
     def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]: ...
 
     @abstractmethod
-    def thin(self, step: int, residue: int) -> Pattern:
-        """The atom along the positions `residue + step * t`, in terms of `t`."""
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        """The atom for queries at `residue + lead + step * t` and keys at `residue + step * t`.
+
+        Raises:
+            ValueError: a stride, and a `lead`.
+        """
 
 
 @final
@@ -65,8 +70,9 @@ class Distance(Atom):
         )
         return one_run(some_start, some_stop, m), one_run(all_start, all_stop, m)
 
-    def thin(self, step: int, residue: int) -> Pattern:
-        least, end = (None if x is None else -(-x // step) for x in (self.least, self.end))
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        edges = (self.least, self.end)
+        least, end = (None if x is None else -(-(x - lead) // step) for x in edges)
         return Distance(least, end)
 
     def __str__(self) -> str:
@@ -91,7 +97,9 @@ class Stride(Atom):
         everything = np.ones(first.shape, bool)
         return where(everything, m), where(everything & (self.step == 1), m)
 
-    def thin(self, step: int, residue: int) -> Pattern:
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        if lead:
+            raise ValueError(f"Stride({self.step}) has no form for queries {lead} apart from keys")
         rest = self.step // gcd(step, self.step)
         return ALL if rest == 1 else Stride(rest)
 
@@ -125,7 +133,7 @@ class _Ranges:
 
     def thin(self, step: int, residue: int) -> tuple[tuple[int, int], ...]:
         thinned = [tuple(-(-(x - residue) // step) for x in each) for each in self.ranges]
-        return tuple((max(0, a), b) for a, b in thinned if b > max(0, a))
+        return tuple((a, b) for a, b in thinned if b > a)
 
 
 @final
@@ -151,7 +159,7 @@ class Keys(Atom):
         )
         return Runs(starts, stops), Runs(starts, stops)
 
-    def thin(self, step: int, residue: int) -> Pattern:
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
         return Keys(self._ranges.thin(step, residue))
 
     def __str__(self) -> str:
@@ -181,8 +189,8 @@ class Queries(Atom):
         all_ = (before_first >= 0) & (stops[before_first] > last)
         return where(some, m), where(all_, m)
 
-    def thin(self, step: int, residue: int) -> Pattern:
-        return Queries(self._ranges.thin(step, residue))
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        return Queries(self._ranges.thin(step, residue + lead))
 
     def __str__(self) -> str:
         return f"Queries({self.ranges})"
@@ -193,25 +201,34 @@ class Queries(Atom):
 class Segments(Atom):
     """`i` and `j` lie in the same segment; `bounds` are the segments' edges, first to last.
 
-    A position outside all segments sees none and is seen by none.
+    A position outside all segments sees none and is seen by none. Where queries count from another
+    place than keys, `query_bounds` are the edges in their count.
     """
 
     bounds: tuple[int, ...]
+    query_bounds: tuple[int, ...] | None = None
 
     @cached_property
     def _bounds(self) -> Positions:
         return np.array(self.bounds, np.int64)
 
-    def _index(self, x: Positions) -> Positions:
-        return np.searchsorted(self._bounds, x, side="right") - 1
+    @cached_property
+    def _edges(self) -> Positions:
+        return self._bounds if self.query_bounds is None else np.array(self.query_bounds, np.int64)
+
+    def _of_key(self, j: Positions) -> Positions:
+        return np.searchsorted(self._bounds, j, side="right") - 1
+
+    def _of_query(self, i: Positions) -> Positions:
+        return np.searchsorted(self._edges, i, side="right") - 1
 
     def sees(self, i: Any, j: Any) -> Any:
-        mine, theirs = (_looked_up(x, self._index) for x in (i, j))
+        mine, theirs = _looked_up(i, self._of_query), _looked_up(j, self._of_key)
         return (mine == theirs) & (mine >= 0) & (mine < len(self.bounds) - 1)
 
     def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
         bounds, segments = self._bounds, len(self.bounds) - 1
-        mine, theirs = self._index(first), self._index(last)
+        mine, theirs = self._of_query(first), self._of_query(last)
         some = one_run(
             bounds[np.clip(mine, 0, segments)], bounds[np.clip(theirs + 1, 0, segments)], m
         )
@@ -219,11 +236,16 @@ class Segments(Atom):
         inside = np.where(same, mine, 0)
         return some, one_run(bounds[inside], bounds[inside + same], m)
 
-    def thin(self, step: int, residue: int) -> Pattern:
-        return Segments(tuple(max(0, -(-(b - residue) // step)) for b in self.bounds))
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        edges = self.bounds if self.query_bounds is None else self.query_bounds
+        keys, queries = (
+            tuple(-(-(bound - start) // step) for bound in each)
+            for each, start in ((self.bounds, residue), (edges, residue + lead))
+        )
+        return Segments(keys, None if keys == queries else queries)
 
     def __str__(self) -> str:
-        return f"Segments({self.bounds})"
+        return f"Segments({self.bounds}, {self.query_bounds})"
 
 
 @final
@@ -231,35 +253,40 @@ class Segments(Atom):
 class Blocks(Atom):
     """The block of `i` is that of `j`, or up to `back` blocks later.
 
-    The block of position p is `(p * scale + shift) // size`.
+    The block of a key at p is `(p * scale + shift) // size`, that of a query `lead` more before it
+    is divided.
     """
 
     size: int
     back: int = 0
     scale: int = 1
     shift: int = 0
+    lead: int = 0
 
-    def _block(self, x: Any) -> Any:
-        return (x * self.scale + self.shift) // self.size
+    def _of_key(self, j: Any) -> Any:
+        return (j * self.scale + self.shift) // self.size
+
+    def _of_query(self, i: Any) -> Any:
+        return (i * self.scale + (self.shift + self.lead)) // self.size
 
     def _start(self, block: Positions) -> Positions:
         return -(-(block * self.size - self.shift) // self.scale)
 
     def sees(self, i: Any, j: Any) -> Any:
-        mine, theirs = self._block(i), self._block(j)
+        mine, theirs = self._of_query(i), self._of_key(j)
         return (theirs <= mine) & (theirs >= mine - self.back)
 
     def spans(self, first: Positions, last: Positions, m: int) -> tuple[Runs, Runs]:
-        mine, theirs = self._block(first), self._block(last)
+        mine, theirs = self._of_query(first), self._of_query(last)
         some = one_run(self._start(mine - self.back), self._start(theirs + 1), m)
         return some, one_run(self._start(theirs - self.back), self._start(mine + 1), m)
 
-    def thin(self, step: int, residue: int) -> Pattern:
-        scale = self.scale * step
-        return Blocks(self.size, self.back, scale, self.shift + self.scale * residue)
+    def thin(self, step: int, residue: int, lead: int = 0) -> Pattern:
+        scale, shift = self.scale * step, self.shift + self.scale * residue
+        return Blocks(self.size, self.back, scale, shift, self.lead + self.scale * lead)
 
     def __str__(self) -> str:
-        return f"Blocks({self.size}, {self.back}, {self.scale}, {self.shift})"
+        return f"Blocks({self.size}, {self.back}, {self.scale}, {self.shift}, {self.lead})"
 
 
 def atoms(rule: Pattern) -> Iterator[Atom]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnspan.patterns import library
 from attnspan.patterns.algebra import And, Not, Or, Pattern
+from attnspan.patterns.placed import Placed
 
 NAMED: dict[str, type[Pattern]] = {
     kind.__name__: kind
@@ -59,6 +60,11 @@ def _pattern(node: ast.expr, text: str) -> Pattern:
             return Or(_pattern(left, text), _pattern(right, text))
         case ast.UnaryOp(ast.Invert(), inner):
             return Not(_pattern(inner, text))
+        case ast.Call(ast.Name("Placed"), [inner, *numbers], []) if numbers:
+            try:
+                return Placed(_pattern(inner, text), *(_value(x, text) for x in numbers))
+            except TypeError as error:
+                raise ValueError(f"pattern {text!r}: {error}") from error
         case ast.Call(ast.Name(name), arguments, keywords) if name in NAMED:
             options = {k.arg: _value(k.value, text) for k in keywords if k.arg is not None}
             if len(options) == len(keywords):

@@ -200,6 +200,36 @@ def pairs(pattern: Pattern, n: int, m: int | None = None, q_offset: int | None =
     return total
 
 
+def seen(pattern: Pattern, places: NDArray[np.int64], m: int) -> NDArray[np.bool_]:
+    """Which of the keys 0 to `m` - 1 some query sees, queries standing at `places`: bool `(m,)`.
+
+    >>> from attnspan.patterns import Sinks, SlidingWindow
+    >>> seen(SlidingWindow(2) | Sinks(1), np.array([5, 6]), 8).nonzero()[0].tolist()
+    [0, 4, 5, 6]
+    """
+    return _seen(pattern.rule(), places, m)
+
+
+def _seen(rule: Pattern, places: NDArray[np.int64], m: int) -> NDArray[np.bool_]:
+    strides = _strides(rule)
+    if strides:
+        step = max(strides)
+        found = _seen(_fixed(rule, step, False), places, m)
+        within = _fixed(rule, step, True)
+        for residue in range(min(step, m)):
+            thin = _map(within, lambda atom, c=residue: atom.thin(step, c))
+            some = (places[places % step == residue] - residue) // step
+            found[residue::step] |= _seen(thin, some, -(-(m - residue) // step))
+        return found
+    edges = np.zeros(m + 1, np.int64)
+    for start in range(0, len(places), _ROWS):
+        some = places[start : start + _ROWS]
+        (starts, stops), _ = rule.spans(some, some, m)
+        np.add.at(edges, starts.ravel(), 1)
+        np.add.at(edges, stops.ravel(), -1)
+    return edges[:m].cumsum() > 0
+
+
 def _checked(name: str, pattern: Any, n: Any, m: Any, q_offset: Any) -> tuple[int, int]:
     """`m` and `q_offset`, defaults filled in."""
     if not isinstance(pattern, Pattern):

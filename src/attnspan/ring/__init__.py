@@ -1,1 +1,17 @@
 """One sequence over many processes."""
+
+from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
+from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
+
+__all__ = [
+    "Contiguous",
+    "Layout",
+    "Ring",
+    "RingMismatch",
+    "RingPeerLost",
+    "Striped",
+    "Transport",
+    "ZigZag",
+    "ring_attention",
+]

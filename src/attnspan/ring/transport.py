@@ -31,6 +31,19 @@ class RingMismatch(ValueError):
     """The ranks don't call with the same arguments; every one of them raises this alike."""
 
 
+def differing(told: Sequence[Mapping[str, str]], by: str) -> str | None:
+    """The sentence of a `RingMismatch`, from what each rank said; None where all agree."""
+    for fact in dict.fromkeys(fact for each in told for fact in each):
+        values = [each.get(fact, "nothing") for each in told]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            return (
+                f"{by}: rank {other} calls with {fact} {values[other]}, rank 0 with {values[0]}; "
+                "the same on all ranks is allowed"
+            )
+    return None
+
+
 class Pending(ABC):
     """An exchange under way."""
 

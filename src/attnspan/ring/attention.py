@@ -1,0 +1,367 @@
+"""`ring_attention`: one sequence over many processes, exactly what one process would compute."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from attnspan import partial
+from attnspan.dispatch import check_options, check_tensors
+from attnspan.kernels.merge import with_sink
+from attnspan.patterns import Causal, Pattern
+from attnspan.ring import flow
+from attnspan.ring.exchange import Holding, check_layout, plan_exchange
+from attnspan.ring.groups import transport_of
+from attnspan.ring.layout import Contiguous, Layout
+from attnspan.ring.transport import Transport
+from attnspan.ring.ulysses import Members, joined
+from attnspan.ring.ulysses import lacks as lacks_heads
+
+SCHEDULES = ("auto", "ring", "allgather", "ulysses")
+WIRES = (None, "int8")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A group of processes and how a sequence lies over them.
+
+    Attributes:
+        group: as in `ring_attention`, with layout, schedule, wire and deadline.
+        layout: see group.
+        schedule: see group.
+        wire: see group.
+        deadline: see group.
+    """
+
+    group: Any = None
+    layout: Layout = Contiguous()
+    schedule: str = "auto"
+    wire: str | None = None
+    deadline: float = 10.0
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of `ring_attention`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = ...,
+    *,
+    group: Any = ...,
+    layout: Layout = ...,
+    schedule: str = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+    wire: str | None = ...,
+    deadline: float = ...,
+    layer: int | None = ...,
+) -> Tensor: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = ...,
+    *,
+    group: Any = ...,
+    layout: Layout = ...,
+    schedule: str = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+    wire: str | None = ...,
+    deadline: float = ...,
+    layer: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = Causal(),
+    *,
+    group: Any = None,
+    layout: Layout = Contiguous(),
+    schedule: str = "auto",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+    wire: str | None = None,
+    deadline: float = 10.0,
+    layer: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The attention of one sequence whose tokens lie over the processes of a group; differentiable.
+
+    Every process calls it with its shard, and gets its shard of what `attention` gives for the
+    whole. Which keys go where follows from the pattern: of a window, the tokens before a shard's
+    edge; nothing that no query sees. Before anything is exchanged the processes compare what they
+    were called with. Call `backward` on every process as well; gradients of gradients are refused.
+
+    Args:
+        q: `(batch, Hq, n / N, head_dim)`, the process's shard of n tokens over N processes;
+            float64, float32, bfloat16 or float16.
+        k: `(batch, Hkv, n / N, head_dim)`, `Hq % Hkv == 0`.
+        v: `(batch, Hkv, n / N, value_dim)`.
+        pattern: of the whole sequence.
+        group: a `torch.distributed` process group, a one-dimensional `DeviceMesh`, or None, which
+            is the default group.
+        layout: which tokens a process holds: `Contiguous()`, `ZigZag()` (equal work under causal
+            patterns) or `Striped()`. `layout.shard(x, dim, rank, size)` cuts a tensor.
+        schedule: "ring" (rounds of about a shard, the next one under way while one is computed),
+            "allgather" (all that is needed at once), "ulysses" (all-to-all over heads, whole
+            sequences), "RxU" such as "2x4" (Ulysses among U neighbours, a ring over R), or "auto".
+        scale: factor of the scores; None is `head_dim ** -0.5`.
+        softcap: as in `attention`.
+        sink_logits: `(Hq,)`, the same on all processes; as in `attention`. Their gradients are
+            those of what a process computes: they add up to the whole's.
+        return_lse: give the log-sum-exp as well.
+        impl: what computes each part: "auto", "reference", "native", "cpu", "hopper" or "triton".
+        wire: None: keys and values travel as they are. "int8": as codes of 8 bits, made once at
+            their source; approximate, as is then the result.
+        deadline: seconds that a process waits for another before it takes it for lost.
+        layer: what errors name.
+
+    Returns:
+        `out (batch, Hq, n / N, value_dim)` in the dtype of `q`; with `return_lse` also
+        `lse (batch, Hq, n / N)` in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: as in `attention`; a sequence that doesn't divide; a layout that doesn't suit
+            the pattern; heads that Ulysses can't deal out.
+        RingMismatch: processes that call with different arguments; on all of them.
+        RingPeerLost: a process that died, hangs or left.
+
+    A ring of one process is `attention`; among threads, `ring.simulated.simulate` shows the rest:
+
+    >>> from attnspan.ring.layout import ZigZag
+    >>> from attnspan.ring.simulated import simulate
+    >>> whole, layout = torch.randn(3, 1, 2, 8, 4), ZigZag()
+    >>> def work(t):
+    ...     q, k, v = layout.shard(whole, 3, t.rank, t.size)
+    ...     return ring_attention(q, k, v, group=t, layout=layout)
+    >>> from attnspan import attention
+    >>> torch.allclose(layout.unshard(simulate(2, work), 2), attention(*whole), atol=1e-6)
+    True
+    """
+    transport = transport_of(group, deadline)
+    transport.layer = layer
+    options = _Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
+    refused: ValueError | TypeError | None = None
+    try:
+        _check(q, k, v, sink_logits, options, transport)
+    except (ValueError, TypeError) as error:
+        refused = error
+    if transport.size > 1:
+        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
+    if refused is not None:
+        raise refused
+    out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Options:
+    pattern: Pattern
+    layout: Layout
+    schedule: str
+    scale: float | None
+    softcap: float | None
+    return_lse: bool
+    impl: str
+    wire: str | None
+
+
+def _check(
+    q: Any, k: Any, v: Any, sink_logits: Any, options: _Options, transport: Transport
+) -> None:
+    by = "ring_attention"
+    check_tensors(q, k, v, sink_logits, by)
+    check_options(
+        options.pattern, options.scale, options.softcap, None, "auto", options.return_lse, by
+    )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{by}: q {tuple(q.shape)} and k {tuple(k.shape)} have other lengths; shards of one "
+            "sequence, as many tokens in each, are allowed"
+        )
+    if options.impl not in partial.IMPLS:
+        raise ValueError(
+            f"{by}: impl is {options.impl!r}; one of {', '.join(partial.IMPLS)} is allowed"
+        )
+    if options.wire not in WIRES:
+        raise ValueError(f"{by}: wire is {options.wire!r}; None or 'int8' is allowed")
+    if not isinstance(options.layout, Layout):
+        raise TypeError(
+            f"{by}: layout is {options.layout!r}; Contiguous(), ZigZag() or Striped() is allowed"
+        )
+    across = _across(options.schedule, transport.size, q.shape[1], k.shape[1])
+    holdings = options.layout.chunks(q.shape[2] * transport.size, transport.size)
+    check_layout(options.pattern, holdings, by)
+    if across != transport.size:
+        _inner(holdings, across, transport.rank)
+
+
+def _across(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
+    """Over how many ranks the sequence still lies once heads are dealt out.
+
+    Raises:
+        ValueError: no schedule, or one that these heads or ranks don't allow.
+    """
+    if schedule in ("auto", "ring", "allgather"):
+        return size
+    mixed = re.fullmatch(r"(\d{1,6})x(\d{1,6})", schedule) if isinstance(schedule, str) else None
+    if schedule != "ulysses" and mixed is None:
+        raise ValueError(
+            f"ring_attention: schedule is {schedule!r}; one of {', '.join(SCHEDULES)}, or RxU such "
+            "as '2x4', is allowed"
+        )
+    across, members = (1, size) if mixed is None else (int(mixed[1]), int(mixed[2]))
+    if across * members != size:
+        raise ValueError(
+            f"ring_attention: schedule is {schedule!r} on {size} ranks; two numbers whose product "
+            f"is {size} are allowed"
+        )
+    if lack := lacks_heads(members, heads, kv_heads):
+        raise ValueError(f"ring_attention: schedule is {schedule!r} with {lack}")
+    return across
+
+
+def _facts(
+    q: Any,
+    k: Any,
+    v: Any,
+    sink_logits: Any,
+    options: _Options,
+    refused: Exception | None,
+) -> dict[str, str]:
+    facts = {
+        name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+        if isinstance(x, Tensor)
+        else type(x).__name__
+        for name, x in (("q", q), ("k", k), ("v", v), ("sink_logits", sink_logits))
+    }
+    names = ("pattern", "layout", "schedule", "scale", "softcap", "impl", "wire")
+    facts |= {name: repr(getattr(options, name)) for name in names}
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sink_logits)
+    )
+    facts["gradients"] = "wanted" if wanted else "not wanted"
+    facts["arguments"] = f"that it refuses ({refused})" if refused else "that are allowed"
+    return facts
+
+
+@lru_cache(maxsize=64)
+def _inner(
+    holdings: tuple[Holding, ...], across: int, rank: int
+) -> tuple[tuple[Holding, ...], tuple[Tensor, ...], tuple[int, ...]]:
+    """Shards of the ring of a mix, where this rank's members' tokens stand in one, the members."""
+    size = len(holdings) // across
+    shards = [joined(holdings[r * size : (r + 1) * size]) for r in range(across)]
+    mine = rank // size
+    members = tuple(range(mine * size, (mine + 1) * size))
+    return tuple(holding for holding, _ in shards), shards[mine][1], members
+
+
+class _Ring(torch.autograd.Function):
+    """The exchange is planned, run and, for gradients, run again backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink_logits: Tensor | None,
+        transport: Transport,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:
+        scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
+        ctx.sign = float((scale > 0) - (scale < 0))
+        ctx.layer = transport.layer
+        n, size = q.shape[2] * transport.size, transport.size
+        across = _across(options.schedule, size, q.shape[1], k.shape[1])
+        holdings, ranks, me = options.layout.chunks(n, size), tuple(range(size)), transport.rank
+        ctx.members = None
+        ctx.counts = q.shape[1], k.shape[1]
+        if scale <= 0:  # which torch's kernels mask wrongly
+            q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+        if across != size:
+            holdings, places, members = _inner(holdings, across, me)
+            ctx.members = Members(transport, members, places, *ctx.counts)
+            width = size // across
+            ranks = tuple(r * width + me % width for r in range(across))
+            me //= width
+            q, k, v = ctx.members.join((q, k, v), "heads and tokens")
+        kind: Any = "allgather" if options.schedule == "allgather" else "ring"
+        exchange = plan_exchange(options.pattern, n, holdings, me, kind)
+        ring = flow.Ring(
+            transport, ranks, exchange, scale, options.softcap, options.impl, options.wire
+        )
+        wide_out, lse = flow.forward(q, k, v, ring)
+        sinks = sink_logits
+        if sinks is not None:
+            if ctx.members is not None:
+                own = ctx.members.part(ctx.counts[0], ctx.members.ranks.index(transport.rank))
+                sinks = sinks[own]
+            wide_out, lse = with_sink(wide_out, lse, sinks)
+        out = wide_out.to(q.dtype)
+        del wide_out
+        ctx.ring = ring
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.set_materialize_grads(False)
+        if ctx.members is None:
+            return out, lse
+        heads = ctx.counts[0]
+        given_out, given_lse = ctx.members.split((out, lse), (heads, heads), "results")
+        return given_out, given_lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Any, ...]:
+        grad_out, grad_lse = grads_of_results
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        ring, members = ctx.ring, ctx.members
+        ring.transport.layer = ctx.layer
+        heads, kv_heads = ctx.counts
+        if members is not None:
+            # Which gradients come is a rank's own matter; those that don't travel as zeros.
+            shape = q.shape[0], heads, len(members.places[0])
+            full_out = q.new_zeros((*shape, v.shape[3])) if grad_out is None else grad_out
+            full_lse = lse.new_zeros(shape) if grad_lse is None else grad_lse
+            grad_out, grad_lse = members.join((full_out, full_lse), "gradients")
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = flow.backward(grad_out, grad_lse, q, k, v, out, lse, ring)
+        grad_sinks = None
+        if sinks is not None:
+            pull = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            pull = pull if grad_lse is None else pull - grad_lse
+            share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+            grad_sinks = -(share * pull).sum((0, 2))
+        if members is not None:
+            grads = members.split(grads, (heads, kv_heads, kv_heads), "gradients")
+            if grad_sinks is not None:
+                whole = grad_sinks.new_zeros(heads)
+                me = members.ranks.index(ring.transport.rank)
+                whole[members.part(heads, me)] = grad_sinks
+                grad_sinks = whole
+        grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
+        grad_q = grad_q * ctx.sign
+        if sinks is not None and grad_sinks is not None:
+            grad_sinks = grad_sinks.to(sinks.dtype)
+        return grad_q, grad_k, grad_v, grad_sinks, None, None
