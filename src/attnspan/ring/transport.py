@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, int8
 
 
 class RingPeerLost(RuntimeError):
@@ -84,7 +84,7 @@ class Transport(ABC):
         Args:
             sends: for each peer, a contiguous int8 tensor `(bytes,)`; both sides know the sizes.
             receives: for each peer, the buffer that is filled, likewise.
-            step: what this is, for errors.
+            step: what this is, for errors; the same on all ranks.
         """
 
     @abstractmethod
@@ -103,3 +103,25 @@ class Transport(ABC):
             RingMismatch: on every rank alike, one sentence with the fact, the ranks and the values.
             RingPeerLost: as in `Pending.wait`.
         """
+
+
+def checked(
+    transport: Transport, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]
+) -> None:
+    """Refuses what `Transport.exchange` doesn't take.
+
+    Raises:
+        ValueError: a peer that isn't another rank, or a tensor that isn't `(bytes,)` of int8.
+    """
+    for name, parts in (("sends", sends), ("receives", receives)):
+        for peer, x in parts.items():
+            if peer == transport.rank or not 0 <= peer < transport.size:
+                raise ValueError(
+                    f"{name}: peer {peer} on rank {transport.rank} of {transport.size}; "
+                    "another rank is allowed"
+                )
+            if x.dtype != int8 or x.ndim != 1 or not x.is_contiguous():
+                raise ValueError(
+                    f"{name}: {tuple(x.shape)} {x.dtype} of strides {x.stride()} for rank {peer}; "
+                    "a contiguous int8 tensor (bytes,) is allowed"
+                )
