@@ -13,11 +13,12 @@ from tiny import tiny, tiny_llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from attnspan import attach
+from attnspan import attach, attention
 from attnspan.models import ringed
 from attnspan.patterns import Causal, SlidingWindow
-from attnspan.ring.attention import Ring
+from attnspan.ring.attention import Ring, ring_attention
 
 Answer = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 """Logits of a shard, the loss, and gradients."""
@@ -169,4 +170,29 @@ def refused_attachments(rank: int, size: int) -> dict[str, str]:
         "layers": entered(tiny_llama(), [Causal()] * (2 - rank), ring=group),
         "ring": entered(tiny_llama(), ring="all"),
         "dropout": raised(train),
+    }
+
+
+def of_dtensors(rank: int, size: int, window: int) -> dict[str, Any]:
+    """Largest errors against one process, forward, log-sum-exp and gradients; and refusals."""
+    mesh = init_device_mesh("cpu", (size,))
+    pattern = SlidingWindow(window)
+    torch.manual_seed(0)
+    whole = [torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2)]
+    cut = [distribute_tensor(x.detach(), mesh, (Shard(2),)).requires_grad_() for x in whole]
+    expected = attention(*whole, pattern, return_lse=True)
+    got = ring_attention(*cut, pattern, return_lse=True)
+    for out, lse in (expected, got):
+        (out.square().sum() + lse.sum()).backward()
+    pairs = [*zip(got, expected, strict=True)]
+    pairs += [(a.grad, b.grad) for a, b in zip(cut, whole, strict=True)]
+    q, k, v = cut
+    odd = [distribute_tensor(x.detach()[:, :, 1:], mesh, (Shard(2),)) for x in whole]
+    return {
+        "placements": {str(x.placements) for x, _ in pairs},
+        "errors": [float((x.full_tensor() - y).detach().abs().max()) for x, y in pairs],
+        "heads": raised(lambda: ring_attention(q.redistribute(placements=(Shard(1),)), k, v)),
+        "plain": raised(lambda: ring_attention(q, k, whole[2])),
+        "odd": raised(lambda: ring_attention(*odd)),
+        "group": raised(lambda: ring_attention(q, k, v, group=dist.new_group([0, 1]))),
     }

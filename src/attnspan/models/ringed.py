@@ -24,6 +24,8 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from attnspan.models.anatomy import refuse_unknown, text_config
 from attnspan.models.interface import Carrier, Interface, Refused, restore_forward
@@ -89,6 +91,11 @@ def ringed(model: nn.Module, pattern: Patterns | None, ring: Any) -> Iterator[nn
             exactly; one sentence says why, on every rank alike.
         TypeError: where `ring` or `pattern` is none of what `attach` allows.
     """
+    if not isinstance(ring, Ring | ProcessGroup | DeviceMesh | Transport):
+        raise TypeError(
+            f"ring is a {type(ring).__name__}; an attnspan.Ring, a process group or a DeviceMesh "
+            "of one dimension is allowed"
+        )
     given = ring if isinstance(ring, Ring) else Ring(group=ring)
     transport = transport_of(given.group, given.deadline)
     interface = Interface(model)
@@ -172,12 +179,7 @@ class _Run:
     ) -> None:
         self.model, self.ring, self.transport = model, ring, transport
         self.patterns, self.no_loss = patterns, no_loss
-        self.options = {
-            "layout": ring.layout,
-            "schedule": ring.schedule,
-            "wire": ring.wire,
-            "deadline": ring.deadline,
-        }
+        self.options = ring.options() | {"group": transport}
 
     @contextmanager
     def installed(self, interface: Interface) -> Iterator[None]:
@@ -330,7 +332,7 @@ class _Run:
         refuse_unknown(kwargs)
         layer: Any = module.layer_idx
         options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "layer": layer}
-        options |= self.options | {"group": self.transport}
+        options |= self.options
         pattern, rows = self.patterns[layer], mask.rows
         with cast(q, k, v) as (q, k, v):
             if len(set(rows)) == 1:

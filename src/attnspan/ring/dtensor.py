@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 
 def of_dtensors(
-    local: Callable[..., Any], q: Any, k: Any, v: Any, *args: Any, group: Any, **options: Any
+    local: Callable[..., Any], q: Any, k: Any, v: Any, sink_logits: Any, group: Any
 ) -> Any:
     """Calls `local`, which is `ring_attention`, with what this process holds of q, k and v.
+
+    DTensor cuts as `Contiguous` does. Under another layout its order is that of the ranks' shards.
 
     Args:
         local: takes and gives plain tensors.
@@ -20,17 +23,15 @@ def of_dtensors(
             dimension; k and v likewise, on the same mesh.
         k: see q.
         v: see q.
-        args: what follows in `local`.
-        group: None; the mesh is the group.
-        options: of `local`. Under a layout other than `Contiguous`, which is how DTensor itself
-            cuts, the DTensor's order is the ranks' order, not the sequence's.
+        sink_logits: None, or a plain tensor.
+        group: None, or the mesh or its group.
 
     Returns:
         DTensors of the same placement.
 
     Raises:
-        ValueError: other placements or meshes, or a sequence that doesn't divide; one sentence.
-        TypeError: some of q, k and v are plain tensors.
+        ValueError: other placements, meshes or groups, or a sequence that doesn't divide.
+        TypeError: some of q, k and v are plain tensors, or `sink_logits` isn't.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, DTensor):
@@ -38,26 +39,31 @@ def of_dtensors(
                 f"ring_attention: {name} is a {type(x).__name__}; q, k and v are DTensors, or none "
                 "of them is"
             )
-        if x.device_mesh.ndim != 1 or x.placements != (Shard(2),) or x.device_mesh != q.device_mesh:
+        placed = (x.device_mesh, x.placements) == (q.device_mesh, (Shard(2),))
+        if x.dim() != 4 or x.device_mesh.ndim != 1 or not placed:
             raise ValueError(
-                f"ring_attention: {name} has the placements {x.placements} on {x.device_mesh}; "
-                "(Shard(dim=2),) on a mesh of one dimension, the same for q, k and v, is allowed"
+                f"ring_attention: {name} of {tuple(x.shape)} has the placements {x.placements} on "
+                f"{x.device_mesh}; four dimensions and (Shard(dim=2),) on a mesh of one dimension, "
+                "the same for q, k and v, are allowed"
             )
-    mesh = q.device_mesh
-    if group is not None and group not in (mesh, mesh.get_group()):
-        raise ValueError("ring_attention: group is not the DTensors' mesh; None is allowed")
-    n, size = q.shape[2], mesh.size()
-    if n % size:
+    if isinstance(sink_logits, DTensor):
+        raise TypeError(
+            "ring_attention: sink_logits is a DTensor; the whole as a plain one is allowed"
+        )
+    mesh: DeviceMesh = q.device_mesh
+    if group is not None and group != mesh and group is not mesh.get_group():
+        raise ValueError("ring_attention: group isn't that of the DTensors' mesh; None is allowed")
+    if q.shape[2] % mesh.size():
         raise ValueError(
-            f"ring_attention: q has {n} tokens on {size} ranks; a multiple of {size} is allowed "
-            "(pad the sequence)"
+            f"ring_attention: q has {q.shape[2]} tokens on {mesh.size()} ranks; a multiple of "
+            f"{mesh.size()} is allowed (pad the sequence)"
         )
     given = (x.to_local(grad_placements=[Shard(2)]) for x in (q, k, v))
-    out = local(*given, *args, group=mesh, **options)
-    if isinstance(out, tuple):
-        return tuple(_whole(x, mesh) for x in out)
-    return _whole(out, mesh)
+    results = local(*given, sink_logits=sink_logits, group=mesh)
+    if isinstance(results, Tensor):
+        return _whole(results, mesh)
+    return tuple(_whole(x, mesh) for x in results)
 
 
-def _whole(x: Tensor, mesh: Any) -> DTensor:
+def _whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(x, mesh, (Shard(2),), run_check=False)
