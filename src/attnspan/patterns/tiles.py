@@ -214,12 +214,16 @@ def _seen(rule: Pattern, places: NDArray[np.int64], m: int) -> NDArray[np.bool_]
     strides = _strides(rule)
     if strides:
         step = max(strides)
-        found = _seen(_fixed(rule, step, False), places, m)
-        within = _fixed(rule, step, True)
+        without, within = _fixed(rule, step, False), _fixed(rule, step, True)
+        rises = _rises(rule, step)
+        found = _seen(without, places, m) if rises else np.zeros(m, bool)
         for residue in range(min(step, m)):
+            keys, on = slice(residue, None, step), places % step == residue
+            if not rises:  # what only queries on the stride would see without it isn't seen
+                found[keys] = _seen(without, places[~on], m)[keys]
             thin = _map(within, lambda atom, c=residue: atom.thin(step, c))
-            some = (places[places % step == residue] - residue) // step
-            found[residue::step] |= _seen(thin, some, -(-(m - residue) // step))
+            some = (places[on] - residue) // step
+            found[keys] |= _seen(thin, some, -(-(m - residue) // step))
         return found
     edges = np.zeros(m + 1, np.int64)
     for start in range(0, len(places), _ROWS):

@@ -349,7 +349,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, grad_lse = grads_of_results
         q, k, v, out, lse, sinks = ctx.saved_tensors
         ring, members = ctx.ring, ctx.members
