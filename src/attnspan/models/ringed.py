@@ -163,7 +163,7 @@ def _text(ring: Ring) -> str:
 def _checksum(x: Tensor | None) -> str:
     if x is None:
         return "None"
-    return f"{tuple(x.shape)} with checksum {crc32(x.cpu().contiguous().numpy()):08x}"
+    return f"{tuple(x.shape)} with checksum {crc32(x.cpu().numpy().tobytes()):08x}"
 
 
 class _Run:
@@ -337,10 +337,10 @@ class _Run:
         with cast(q, k, v) as (q, k, v):
             if len(set(rows)) == 1:
                 return ring_attention(q, k, v, _within(pattern, rows[0]), **options)
-            single = [
-                ring_attention(*(x[b : b + 1] for x in (q, k, v)), _within(pattern, row), **options)
-                for b, row in enumerate(rows)
-            ]
+            single = []
+            for b, row in enumerate(rows):
+                q_row, k_row, v_row = (x[b : b + 1] for x in (q, k, v))
+                single.append(ring_attention(q_row, k_row, v_row, _within(pattern, row), **options))
             return torch.cat(single)
 
 

@@ -165,7 +165,7 @@ def ring_attention(
     if any(map(_is_dtensor, (q, k, v))):
         from attnspan.ring.dtensor import of_dtensors
 
-        call = partially(ring_attention, pattern=pattern, layout=layout, schedule=schedule)
+        call: Any = partially(ring_attention, pattern=pattern, layout=layout, schedule=schedule)
         call = partially(call, scale=scale, softcap=softcap, return_lse=return_lse, impl=impl)
         call = partially(call, wire=wire, deadline=deadline, layer=layer)
         return of_dtensors(call, q, k, v, sink_logits, group)
