@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from attnspan.ring_cli import ring
+
 if TYPE_CHECKING:
     from attnspan.evaluation.display import Bar
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Stream long text through a language model in bounded memory, and see what it costs.",
 )
+app.add_typer(ring, name="ring")
 
 
 def _show_version(asked: bool) -> None:
