@@ -169,6 +169,20 @@ def test_fsdp_and_rings_on_a_mesh_of_two_dimensions(four, over, again) -> None:
         torch.testing.assert_close(answers[1][2], grads, **CLOSE)
 
 
+def test_autocast_is_honoured_as_by_one_process(two) -> None:
+    inputs = labelled()
+    exact = tasks.alone("llama", inputs)[2]
+    with tasks.autocast(torch.bfloat16):
+        alone = tasks.alone("llama", inputs)[2]
+    args = ("llama", ZigZag(), inputs, None, {}, False, "", torch.bfloat16)
+    answers = two.run(tasks.in_ring, *args)
+    assert answers[0][0].dtype == torch.bfloat16
+    for name, grad in mean(answers).items():
+        # bfloat16 rounds both, each in its own way: the ring's may not be much farther off.
+        allowed = 2 * float((alone[name] - exact[name]).norm()) + 0.01 * float(exact[name].norm())
+        assert float((grad - exact[name]).norm()) < allowed, name
+
+
 @pytest.mark.parametrize(
     "wrong",
     ["labels shifted after sharding", "positions of the shard", "gradients unscaled"],
@@ -245,3 +259,16 @@ def test_layers_whose_pattern_is_not_known_are_refused(kind) -> None:
     model.config.layer_types = [kind] * 4
     with pytest.raises(ValueError, match=f"layer 0 of model type 'mistral' is '{kind}' with a win"):
         found.own_patterns(model.config)
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_lost_process_is_named_with_the_layer(tmp_path, when) -> None:
+    with crew(2, tmp_path) as pair:
+        [heard] = pair.run(tasks.killed, 2, when, left=1)
+    assert heard["ranks"] == (1,)
+    assert heard["layer"] == 2, heard["text"]
+    assert "rank 1 lost" in heard["text"]
+
+
+def test_all_is_undone_and_parts_are_refused(two) -> None:
+    assert two.run(tasks.undone) == [True, True]

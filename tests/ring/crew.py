@@ -33,12 +33,21 @@ class Crew:
             self.ends.append(ours)
             self.processes.append(process)
 
-    def run(self, task: Callable[..., Any], *args: Any, seconds: float = 60) -> list[Any]:
-        """What `task(rank, size, *args)` returned on each rank; `task` is a module's function."""
+    def run(
+        self,
+        task: Callable[..., Any],
+        *args: Any,
+        seconds: float = 60,
+        left: int | None = None,
+    ) -> list[Any]:
+        """What `task(rank, size, *args)` returned on each rank; `task` is a module's function.
+
+        Where the task ends some of the processes, `left` is how many, from rank 0 on, answer.
+        """
         for end in self.ends:
             end.send_bytes(pickle.dumps((task, args)))
         answers = []
-        for rank, end in enumerate(self.ends):
+        for rank, end in enumerate(self.ends[:left]):
             if not end.poll(seconds):
                 raise Failed(f"rank {rank} gave no answer in {seconds} s")
             answers.append(pickle.loads(end.recv_bytes()))

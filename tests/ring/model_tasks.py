@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from attnspan import attach, attention
 from attnspan.models import ringed
 from attnspan.patterns import Causal, SlidingWindow
 from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.layout import ZigZag
+from attnspan.ring.transport import RingPeerLost
 
 Answer = tuple[Tensor, Tensor | None, dict[str, Tensor]]
 """Logits of a shard, the loss, and gradients."""
@@ -37,6 +40,10 @@ def step(model: Any, inputs: dict[str, Any]) -> Answer:
     output.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return output.logits.detach(), output.loss.detach(), grads
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32)
 
 
 def alone(family: str, inputs: dict[str, Any], pattern: Any = None, **changes: Any) -> Answer:
@@ -58,13 +65,14 @@ def in_ring(
     changes: dict[str, Any] | None = None,
     again: bool = False,
     wrong: str = "",
+    dtype: torch.dtype = torch.float32,
 ) -> Answer:
-    """On a ring of all processes; `again`: with activation checkpoints."""
+    """On a ring of all processes; `again`: with activation checkpoints; `dtype`: of autocast."""
     model, group = tiny(family, **(changes or {})).train(), dist.group.WORLD
     if again:
         checkpointed(model)
     ring = group if layout is None else Ring(group, layout)
-    with broken(wrong), attach(model, pattern, ring=ring):
+    with broken(wrong), attach(model, pattern, ring=ring), autocast(dtype):
         return step(model, inputs)
 
 
@@ -139,6 +147,39 @@ def refusals(rank: int, size: int, calls: list[dict[str, Any]]) -> list[str]:
     return said
 
 
+def killed(rank: int, size: int, layer: int, when: str) -> dict[str, Any]:
+    """The last rank ends itself in a layer's forward or backward; what the others hear."""
+    model = tiny("llama").train()
+
+    class Ending(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            if when == "forward":
+                os._exit(9)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
+            os._exit(9)
+
+    def attend(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        if rank == size - 1 and options["layer"] == layer:
+            q = Ending.apply(q)  # type: ignore[assignment]
+        out = ring_attention(q, *args, **options)
+        if rank == size - 1 and options["layer"] == layer:
+            out = Ending.apply(out)  # type: ignore[assignment]
+        return out
+
+    ring = Ring(dist.group.WORLD, ZigZag(), deadline=3.0)
+    with patch.object(ringed, "ring_attention", attend), attach(model, ring=ring):
+        try:
+            ids = torch.arange(16)[None]
+            step(model, {"input_ids": ids, "labels": ids})
+        except RingPeerLost as lost:
+            return {"ranks": lost.ranks, "layer": lost.layer, "text": str(lost)}
+    return {}
+
+
 def raised(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -196,3 +237,23 @@ def of_dtensors(rank: int, size: int, window: int) -> dict[str, Any]:
         "odd": raised(lambda: ring_attention(*odd)),
         "group": raised(lambda: ring_attention(q, k, v, group=dist.new_group([0, 1]))),
     }
+
+
+def undone(rank: int, size: int) -> bool:
+    """After a block, and after an error in one, the model is as it was before."""
+    model, ids = tiny_llama(), torch.arange(8)[None]
+    before = model(input_ids=ids).logits
+
+    def enter() -> None:
+        with attach(model, ring=dist.group.WORLD):
+            assert model(input_ids=ids).logits.shape[1] == 8 // size
+            assert "in a ring the model that was attached is allowed" in raised(
+                lambda: model.model(input_ids=ids)
+            )
+            assert "attached already" in raised(lambda: attach(model, Causal()).__enter__())
+            raise KeyError("mine")
+
+    assert raised(enter) == "KeyError: 'mine'"
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    return "_attnspan_pattern" not in model.__dict__
