@@ -37,12 +37,14 @@ def problem(
     dtype: torch.dtype = torch.float64,
     batch: int = 1,
     head_dim: int = 8,
+    device: str = "cpu",
 ) -> Problem:
-    q, k, v = make_qkv(n, n, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)
+    shape = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    q, k, v = make_qkv(n, n, **shape, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     sinks, grad_out = normal(heads[0]), normal(batch, heads[0], n, head_dim)
     grad_lse = normal(batch, heads[0], n).to(torch.promote_types(dtype, torch.float32))
@@ -53,7 +55,8 @@ def problem(
         torch.autograd.backward([out, lse], [grad_out.to(out.dtype), grad_lse.to(lse.dtype)])
         return out.detach(), lse.detach(), *(x.grad for x in leaves)  # type: ignore[misc]
 
-    mask = pattern.sees(torch.arange(n)[:, None], torch.arange(n))
+    place = torch.arange(n, device=device)
+    mask = pattern.sees(place[:, None], place)
     sizes = magnitudes(q, k, v, mask, sink_logits=sinks, grad_out=grad_out, grad_lse=grad_lse)
     return Problem(
         (q, k, v, sinks), (grad_out, grad_lse), solved(torch.float64), solved(dtype), sizes

@@ -206,6 +206,7 @@ def test_calls_that_a_ring_can_not_honour_are_refused_on_all_ranks_alike(two) ->
         "attention_mask is (1, 7); None, or (1, 8), is allowed": {"attention_mask": ones[:, 1:]},
         "position_ids is (7,); (1, 8), or (1, 8), is allowed": {"position_ids": ids[0, 1:]},
         "labels is (1, 7); (1, 8) is allowed": {"labels": ids[:, 1:]},
+        "input_ids and inputs_embeds are given; one": {"inputs_embeds": torch.zeros(1, 8, 32)},
         "input_ids is (8,); the whole (batch, n) is allowed": {"input_ids": ids[0]},
         "ZigZag: 6 tokens on 2 ranks; a multiple of 4 is allowed (pad": {"input_ids": ids[:, :6]},
         "rank 1 calls with input_ids (1, 8) with checksum": {"on 1": {"input_ids": ids + 1}},

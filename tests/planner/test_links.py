@@ -34,9 +34,7 @@ def test_a_measured_file_with_defaults(tmp_path) -> None:
         path.write_text(json.dumps(held))
         measured = machine(str(path))
         assert measured.link == Link("gloo", 1e-4, 1e9, None, 0.5, f"link {path}")
-        assert measured.device == Device(
-            "this", 1e11, 1e11, 1e11, None, 1e9, 0.0, f"link {path}"
-        )
+        assert measured.device == Device("this", 1e11, 1e11, 1e11, None, 1e9, 0.0, f"link {path}")
     assert machine(str(path), "a100") == Machine(DEVICES["a100"], measured.link)
 
 

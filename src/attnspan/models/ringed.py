@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from attnspan.models.anatomy import refuse_unknown, text_config
 from attnspan.models.interface import Carrier, Interface, Refused, restore_forward
 from attnspan.models.patterned import Patterns, cast, per_layer
-from attnspan.models.ring_probe import ending_at, examine, rotary
+from attnspan.models.ring_probe import Found, ending_at, examine, rotary
 from attnspan.patterns import Documents, Pattern
 from attnspan.patterns.atoms import Distance, Segments, Stride, atoms
 from attnspan.patterns.tiles import pairs
@@ -100,7 +100,7 @@ def ringed(model: nn.Module, pattern: Patterns | None, ring: Any) -> Iterator[nn
     transport = transport_of(given.group, given.deadline)
     interface = Interface(model)
     facts: dict[str, str] = {}
-    error, run, sample = None, None, torch.empty(0)
+    error, run, found = None, None, None
     try:
         config = text_config(model)
         found = examine(model, interface)
@@ -111,13 +111,14 @@ def ringed(model: nn.Module, pattern: Patterns | None, ring: Any) -> Iterator[nn
             patterns = per_layer(pattern, config.num_hidden_layers, kinds)
         if not isinstance(ring, Ring):
             given = replace(given, layout=_layout_for(patterns))
-        run, sample = _Run(model, given, transport, patterns, found.no_loss), found.sample
+        run = _Run(model, given, transport, patterns, found.no_loss)
         facts = {"pattern": str([str(each) for each in patterns]), "ring": _text(given)}
     except (TypeError, ValueError) as caught:
         error = caught
     _agree(transport, error, facts, ("pattern", "ring"))
     assert run is not None
-    _agree_on_weights(transport, sample)
+    assert found is not None
+    _agree_on_weights(transport, found)
     with run.installed(interface):
         yield model
 
@@ -134,10 +135,10 @@ def _agree(
         raise error
 
 
-def _agree_on_weights(transport: Transport, sample: Tensor) -> None:
+def _agree_on_weights(transport: Transport, found: Found) -> None:
     """Refuses models that answer the same few tokens differently: each would train its own."""
-    answers = transport.gather(sample, "the probe's logits")
-    allowed = torch.finfo(sample.dtype).eps ** 0.5 * float(answers.abs().max())
+    answers = transport.gather(found.sample.float(), "the probe's logits")
+    allowed = torch.finfo(found.sample.dtype).eps ** 0.5 * float(answers.abs().max())
     for rank, off in enumerate((answers - answers[0]).abs().amax(-1).tolist()):
         if not off <= allowed:
             raise RingMismatch(
@@ -219,6 +220,8 @@ class _Run:
         self._refuse(kwargs)
         name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
         tokens = kwargs.get(name)
+        if name == "input_ids" and kwargs.get("inputs_embeds") is not None:
+            raise ValueError("input_ids and inputs_embeds are given; one of them is allowed")
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 + (name == "inputs_embeds"):
             raise ValueError(f"{name} is {_shape(tokens)}; the whole (batch, n) is allowed")
         batch, n = tokens.shape[:2]

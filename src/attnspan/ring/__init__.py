@@ -1,6 +1,7 @@
 """One sequence over many processes."""
 
-from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.attention import Ring, explain, ring_attention
+from attnspan.ring.groups import init
 from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
@@ -13,5 +14,7 @@ __all__ = [
     "Striped",
     "Transport",
     "ZigZag",
+    "explain",
+    "init",
     "ring_attention",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from functools import partial as partially
 from typing import Any, Literal, overload
@@ -16,10 +16,13 @@ from attnspan import partial
 from attnspan.dispatch import check_options, check_tensors
 from attnspan.kernels.merge import with_sink
 from attnspan.patterns import Causal, Pattern
+from attnspan.planner.ring import Choice, Heads
 from attnspan.ring import flow
+from attnspan.ring.choice import cheapest
 from attnspan.ring.exchange import Holding, check_layout, plan_exchange
 from attnspan.ring.groups import transport_of
 from attnspan.ring.layout import Contiguous, Layout
+from attnspan.ring.measure import measured
 from attnspan.ring.transport import Transport
 from attnspan.ring.ulysses import Members, joined
 from attnspan.ring.ulysses import lacks as lacks_heads
@@ -172,15 +175,10 @@ def ring_attention(
     transport = transport_of(group, deadline)
     transport.layer = layer
     options = _Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
-    refused: ValueError | TypeError | None = None
-    try:
-        _check(q, k, v, sink_logits, options, transport)
-    except (ValueError, TypeError) as error:
-        refused = error
-    if transport.size > 1:
-        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
-    if refused is not None:
-        raise refused
+    _agree(q, k, v, sink_logits, transport, options)
+    if options.schedule == "auto":
+        chosen = _chosen(q, k, v, transport, options).schedule
+        options = replace(options, schedule=chosen)
     out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
@@ -189,6 +187,46 @@ def _is_dtensor(x: Any) -> bool:
     """Without loading what defines them."""
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(x, loaded.DTensor)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = Causal(),
+    *,
+    group: Any = None,
+    layout: Layout = Contiguous(),
+    deadline: float = 10.0,
+) -> Choice:
+    """Which schedule `ring_attention` takes by itself, and why: seconds of each, predicted.
+
+    Collective, as `ring_attention`, whose arguments it takes; raises as it. The seconds come from
+    the planner's cost model with this group's link and rate, which are measured once. Where the
+    tensors want gradients, they hold a backward too.
+    """
+    transport = transport_of(group, deadline)
+    options = _Options(pattern, layout, "auto", None, None, False, "auto", None)
+    _agree(q, k, v, None, transport, options)
+    return _chosen(q, k, v, transport, options)
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, transport: Transport, options: _Options) -> Choice:
+    if transport.size == 1:
+        return Choice("ring", "one process has nobody to send to", (("ring", 0.0),), ())
+    n = q.shape[2] * transport.size
+    dim = (q.shape[3] + v.shape[3]) // 2
+    heads = Heads(q.shape[1], k.shape[1], dim, q.dtype.itemsize)
+    holdings = options.layout.chunks(n, transport.size)
+    machine = measured(transport, q)
+    return cheapest(options.pattern, n, holdings, heads, machine, _wanted(q, k, v))
+
+
+def _wanted(*tensors: Any) -> bool:
+    """Whether gradients will be asked for."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in tensors
+    )
 
 
 @dataclass(frozen=True)
@@ -201,6 +239,21 @@ class _Options:
     return_lse: bool
     impl: str
     wire: str | None
+
+
+def _agree(
+    q: Any, k: Any, v: Any, sink_logits: Any, transport: Transport, options: _Options
+) -> None:
+    """Raises, on every rank alike, what `ring_attention` documents, before anything is sent."""
+    refused: ValueError | TypeError | None = None
+    try:
+        _check(q, k, v, sink_logits, options, transport)
+    except (ValueError, TypeError) as error:
+        refused = error
+    if transport.size > 1:
+        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
+    if refused is not None:
+        raise refused
 
 
 def _check(
@@ -274,10 +327,7 @@ def _facts(
     }
     names = ("pattern", "layout", "schedule", "scale", "softcap", "impl", "wire")
     facts |= {name: repr(getattr(options, name)) for name in names}
-    wanted = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sink_logits)
-    )
-    facts["gradients"] = "wanted" if wanted else "not wanted"
+    facts["gradients"] = "wanted" if _wanted(q, k, v, sink_logits) else "not wanted"
     facts["arguments"] = f"that it refuses ({refused})" if refused else "that are allowed"
     return facts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -56,7 +56,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor
     group = q.shape[1] // k.shape[1]
     out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    for here in _flow(k, v, ring, "keys and values"):
+    for here in _flow(k, v, ring, "keys and values", behind=False):
         heads = slice(here.heads.start * group, here.heads.stop * group)
         for call in here.round.calls:
             rows = slice(call.start, call.stop)
@@ -93,7 +93,7 @@ def backward(
     group = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     returns = _Returns(ring, Plain(grad_k, grad_v))
-    for here in _flow(k, v, ring, "keys and values, for gradients"):
+    for here in _flow(k, v, ring, "keys and values, for gradients", behind=True):
         heads = slice(here.heads.start * group, here.heads.stop * group)
         owed, buffers = returns.owed(here)
         for call in here.round.calls:
@@ -132,18 +132,22 @@ def slices(kv_heads: int, exchange: Exchange) -> tuple[slice, ...]:
     return slice(0, half), slice(half, kv_heads)
 
 
-def _flow(k: Tensor, v: Tensor, ring: Ring, step: str) -> Iterator[_Arrived]:
-    """The rank's own keys and values, then each round's as it comes, while the next one travels."""
+def _flow(k: Tensor, v: Tensor, ring: Ring, step: str, behind: bool) -> Iterator[_Arrived]:
+    """The rank's own keys and values, then each round's as it comes, while the next one travels.
+
+    With `behind` half of its own comes last, so that something is left to do while the gradients of
+    the last round are on their way.
+    """
     exchange, runs = ring.exchange, slices(k.shape[1], ring.exchange)
     wire: Wire = Plain(k, v)
     if exchange.rounds and ring.wire == "int8":
         wire = Int8(k, v)
     posts = [(number, heads) for number in range(len(exchange.rounds)) for heads in runs]
     under_way = _post(wire, ring, *posts[0], step) if posts else None
-    for heads in runs:
-        own = exchange.local.receives
-        pairs = [(k[:, heads, p.start : p.stop], v[:, heads, p.start : p.stop]) for p in own]
-        yield _Arrived(0, exchange.local, heads, pairs)
+    local = _halves(k.shape[1], exchange.local)
+    first = local[: len(local) // 2] if behind and posts else local
+    for heads, part in first:
+        yield _own(k, v, heads, part)
     for index, (number, heads) in enumerate(posts):
         assert under_way is not None
         pending, buffers = under_way
@@ -155,6 +159,24 @@ def _flow(k: Tensor, v: Tensor, ring: Ring, step: str) -> Iterator[_Arrived]:
             pairs += wire.unpack(buffers[ring.ranks[source]], pieces, heads)
         yield _Arrived(number + 1, each, heads, pairs)
         del pending, buffers, pairs
+    for heads, part in local[len(first) :]:
+        yield _own(k, v, heads, part)
+
+
+def _halves(kv_heads: int, local: Round) -> list[tuple[slice, Round]]:
+    """A shard's own work in two parts, by heads or else by chunks, where it can be parted."""
+    if kv_heads % 2 == 0:
+        half = kv_heads // 2
+        return [(slice(0, half), local), (slice(half, kv_heads), local)]
+    every, middle = slice(0, kv_heads), len(local.calls) // 2
+    parts = local.calls[:middle], local.calls[middle:]
+    return [(every, replace(local, calls=calls)) for calls in parts if calls]
+
+
+def _own(k: Tensor, v: Tensor, heads: slice, part: Round) -> _Arrived:
+    pieces = part.receives
+    pairs = [(k[:, heads, p.start : p.stop], v[:, heads, p.start : p.stop]) for p in pieces]
+    return _Arrived(0, part, heads, pairs)
 
 
 def _post(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import struct
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import final
 
 import torch
@@ -16,68 +16,78 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .agreement import PRINT, Trail, fingerprint, mismatch, record
+from .links import Links, done
 from .rollcall import RollCall, Standing, Verdict
 from .transport import Pending, RingMismatch, RingPeerLost, Transport, checked
 
-# How long a wait stays in torch at a time: Python sees an interrupt only in between.
-SLICE = 0.1
+# Seconds that all have for standing up in a roll call, at most.
 GRACE = 2.0
-# Sent by nobody: a receive that nothing answers is how gloo's connections are closed from outside.
-UNSENT = 0x6A77E5
+# Seconds that they have for making their connections: the first to come has nothing to load.
+PATIENCE = 60.0
 HEAD = struct.Struct("<8sQ")
+TAIL = 8
 
 
 @final
 class GlooTransport(Transport):
-    """A ring over a process group that has gloo.
+    """A ring over gloo, whatever backend its process group has.
 
-    The first loss ends it: the connections of the whole group are closed, so that no thread of gloo
-    keeps waiting for what never comes (a process couldn't exit before gloo's own time-out, half an
-    hour), and whoever comes late fails instead of computing on.
+    It has connections of its own, made in the constructor, which is collective. The first loss
+    ends it: all of them are closed, so that no process is kept from exiting, and whoever comes late
+    fails instead of computing on. The process group itself stays as it was.
 
     Args:
-        group: of which this process is a member; held weakly.
+        group: of which this process is a member; needed for its store and its ranks alone.
         deadline: seconds that a wait may last.
+        patience: seconds that the others have to come here.
+
+    Raises:
+        RingPeerLost: not all came.
     """
 
-    def __init__(self, group: ProcessGroup, deadline: float = 10.0) -> None:
-        self._group = weakref.ref(group)
+    def __init__(
+        self, group: ProcessGroup, deadline: float = 10.0, patience: float = PATIENCE
+    ) -> None:
         self.rank, self.size, self.deadline = group.rank(), group.size(), deadline
         self.trail = Trail()
         self._rolls = RollCall(group)
         self._broken: tuple[Verdict, str] | None = None
+        began = time.monotonic()
+        step = "the making of its connections"
+        try:
+            self._links = Links(self._rolls.store, self.rank, self.size, patience)
+        except RuntimeError as error:
+            standing = Standing(0, step, time.monotonic() - began)
+            verdict = self._rolls.silent(standing, self._grace, _nothing)
+            waited = time.monotonic() - began
+            raise RingPeerLost(verdict.ranks, None, step, waited, verdict.why) from error
         self._last = time.monotonic()
+        weakref.finalize(self, self._links.end)
 
     @property
-    def group(self) -> ProcessGroup:
-        if (group := self._group()) is None:
-            raise RuntimeError("ring: its process group was destroyed")
-        return group
+    def _grace(self) -> float:
+        return min(GRACE, self.deadline)
 
     def exchange(
         self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], step: str
     ) -> Pending:
         checked(self, sends, receives)
-        self._begin(step)
-        group = self.group
-        give, give_sizes, _ = _one_buffer(sends, self.size, filled=True)
-        take, take_sizes, land = _one_buffer(receives, self.size, filled=False)
+        self.begin(step)
+        give, gives, _ = _one_buffer(sends, self.size, filled=True)
+        take, takes, land = _one_buffer(receives, self.size, filled=False)
         self.sent += give.numel()
-        work = dist.all_to_all_single(take, give, take_sizes, give_sizes, group, async_op=True)
-        return _Flight(self, work, step, land, (give, take))
+        tails = _Tails(take, takes)
+        work = self._links.swap("exchange", take, give, takes, gives)
+        return _Flight(self, work, step, tails, land)
 
     def gather(self, x: Tensor, step: str) -> Tensor:
-        self._begin(step)
-        bytes_ = x.detach().contiguous().reshape(-1).view(torch.int8)
-        head = HEAD.pack(self.trail.mark, bytes_.numel())
-        mine = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.int8), bytes_.cpu()])
-        # To all at once, itself among them: an all-gather goes round, and meets that of `agree`.
-        give = mine.expand(self.size, -1).contiguous()
-        take = torch.empty_like(give)
-        self.sent += bytes_.numel() * (self.size - 1)
-        work = dist.all_to_all_single(take, give, group=self.group, async_op=True)
-        self.await_(work, step)
-        heads = [bytes(row) for row in take[:, : HEAD.size].numpy()]
+        self.begin(step)
+        raw = x.detach().contiguous().reshape(-1).view(torch.int8)
+        head = HEAD.pack(self.trail.mark, raw.numel())
+        mine = torch.cat([torch.frombuffer(bytearray(head), dtype=torch.int8), raw.cpu()])
+        self.sent += raw.numel() * (self.size - 1)
+        take = self._to_all("exchange", mine, step)
+        heads = [row.tobytes() for row in take[:, : HEAD.size].numpy()]
         if any(other != head for other in heads):
             self.trail = Trail()
             raise RingMismatch(_strays(heads, step))
@@ -85,111 +95,96 @@ class GlooTransport(Transport):
         return rows.view(self.size, *x.shape).to(x.device)
 
     def agree(self, facts: Mapping[str, str], by: str) -> None:
-        step = f"{by}'s agreement"
+        step = f"the agreement of {by}"
         mine = record({**facts, "layer": str(self.layer)}, by, self.trail)
-        self._begin(step)
-        prints = self._all_gather(fingerprint(mine), PRINT, step)
+        self.begin(step)
+        prints = self._tell_all(fingerprint(mine), PRINT, step)
         if any(other != prints[0] for other in prints):
             # All ranks see that, so all of them go on to tell each other everything.
-            lengths = self._all_gather(struct.pack("<Q", len(mine)), 8, step)
+            lengths = self._tell_all(struct.pack("<Q", len(mine)), 8, step)
             sizes = [struct.unpack("<Q", length)[0] for length in lengths]
-            rows = self._all_gather(mine, max(sizes), step)
+            rows = self._tell_all(mine, max(sizes), step)
             self.trail = Trail()
             raise RingMismatch(mismatch([row[:n] for row, n in zip(rows, sizes, strict=True)]))
 
-    def _all_gather(self, mine: bytes, length: int, step: str) -> list[bytes]:
-        give = torch.frombuffer(bytearray(mine.ljust(length)), dtype=torch.uint8)
-        take = torch.empty(self.size * length, dtype=torch.uint8)
-        self.await_(dist.all_gather_into_tensor(take, give, self.group, async_op=True), step)
-        return [bytes(row) for row in take.view(self.size, length).numpy()]
-
-    def _begin(self, step: str) -> None:
-        self.check(step)
-        self.trail.add(step, self.layer)
-        self._last = time.monotonic()
+    def leave(self, why: str) -> None:
+        if self._broken is None:
+            self._end(Verdict((self.rank,), why), why)
 
     def check(self, step: str) -> None:
         """Raises if the ring is broken, or if the others gave up while this process was away."""
-        now = time.monotonic()
-        away = now - self._last
+        away = time.monotonic() - self._last
         if self._broken is None and away > 0.9 * self.deadline:
-            found = self._rolls.verdict(GRACE)
+            found = self._rolls.verdict(self._grace)
             if found is not None:
                 self._end(found, step)
         if self._broken is not None:
             verdict, where = self._broken
-            again = "" if where == step else f", when {where} was exchanged"
+            again = "" if where == step else f" (in {where})"
             raise RingPeerLost(verdict.ranks, self.layer, step, away, f"{verdict.why}{again}")
 
-    def await_(self, work: dist.Work | None, step: str) -> None:
+    def await_(self, work: dist.Work, step: str) -> None:
         """Returns when the work is done; raises when it fails, or when the deadline has passed."""
         self.check(step)
-        assert work is not None, "only a process outside the group gets no work"
         began = time.monotonic()
         try:
-            while not self._done(work, self.deadline - (time.monotonic() - began)):
+            while not done(work, self.deadline - (time.monotonic() - began)):
                 if time.monotonic() - began >= self.deadline:
-                    raise self.lose(step, began, [])
+                    raise self.lose(step, began)
+        except RingPeerLost:
+            raise
         except RuntimeError as error:
-            if isinstance(error, RingPeerLost):
-                raise
-            raise self.lose(step, began, self._closed()) from error
+            raise self.lose(step, began, self._links.closed()) from error
         except BaseException:
             # Interrupted: what is under way can't be taken up again, and the others must not wait.
-            self._end(Verdict((self.rank,), "it was interrupted"), step)
+            self.leave("it was interrupted")
             raise
         finally:
             self.waited += time.monotonic() - began
 
-    def _done(self, work: dist.Work, left: float) -> bool:
-        """Whether it is done after a part of the time that is left, at most `SLICE`."""
-        try:
-            # Without time, torch would wait for ever.
-            work.wait(timedelta(seconds=min(max(left, 1e-3), SLICE)))
-        except RuntimeError:
-            if not work.is_completed():
-                return False
-            work.wait()
-        return True
+    def lose(self, step: str, began: float, closed: Sequence[int] = ()) -> RingPeerLost:
+        """Ends the ring; the error to raise, once the survivors agree on who is lost.
 
-    def lose(self, step: str, began: float, closed: Sequence[int]) -> RingPeerLost:
-        """Ends the ring; the error to raise, once the survivors agree on who is lost."""
+        Args:
+            step: in which this rank waits.
+            began: since when, by the monotonic clock.
+            closed: ranks whose connection broke; none: the deadline passed.
+        """
         standing = Standing(self.trail.count, step, time.monotonic() - began)
         if closed:
-            verdict = self._rolls.closed(closed, standing, GRACE)
+            verdict = self._rolls.closed(closed, standing, self._grace)
         else:
-            verdict = self._rolls.silent(standing, GRACE, self._cut)
+            verdict = self._rolls.silent(standing, self._grace, self._links.cut)
         self._end(verdict, step)
         waited = time.monotonic() - began
         return RingPeerLost(verdict.ranks, self.layer, step, waited, verdict.why)
 
+    def short(self, ranks: Sequence[int], step: str) -> RingPeerLost:
+        """Ends the ring, after messages that were shorter than they had to be."""
+        verdict = Verdict(tuple(ranks), "it sent less than is awaited, so it makes another call")
+        self._end(verdict, step)
+        return RingPeerLost(verdict.ranks, self.layer, step, 0.0, verdict.why)
+
+    def begin(self, step: str) -> None:
+        """Counts a call that all make; raises as `check` does."""
+        self.check(step)
+        self.trail.add(step, self.layer)
+        self._last = time.monotonic()
+
     def _end(self, verdict: Verdict, step: str) -> None:
         self._broken = verdict, step
-        self._cut()
+        self._links.cut()
 
-    def _closed(self) -> list[int]:
-        """The ranks that this one has no connection to any more: a receive from them can't begin."""
-        return [rank for rank in self._others() if not self._receive(rank)]
+    def _to_all(self, name: str, mine: Tensor, step: str) -> Tensor:
+        """`(size, bytes)`. All to all at once: gloo's own all-gather takes `size - 1` turns."""
+        give = mine.expand(self.size, -1).contiguous()
+        take = torch.empty_like(give)
+        self.await_(self._links.swap(name, take, give, (), ()), step)
+        return take
 
-    def _cut(self) -> None:
-        """Closes the connections to all others: gloo does so when a receive times out."""
-        for rank in self._others():
-            if work := self._receive(rank):
-                try:
-                    work.wait(timedelta(milliseconds=1))
-                except RuntimeError:
-                    continue
-
-    def _receive(self, rank: int) -> dist.Work | None:
-        if (group := self._group()) is None:
-            return None
-        try:
-            return group.recv([torch.empty(1, dtype=torch.int8)], rank, UNSENT)
-        except RuntimeError:
-            return None
-
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.size) if rank != self.rank]
+    def _tell_all(self, mine: bytes, length: int, step: str) -> list[bytes]:
+        give = torch.frombuffer(bytearray(mine.ljust(length)), dtype=torch.uint8)
+        return [row.tobytes() for row in self._to_all("agreement", give, step).numpy()]
 
 
 @final
@@ -197,20 +192,41 @@ class _Flight(Pending):
     def __init__(
         self,
         transport: GlooTransport,
-        work: dist.Work | None,
+        work: dist.Work,
         step: str,
+        tails: _Tails,
         land: Callable[[], None],
-        buffers: tuple[Tensor, Tensor],
     ) -> None:
-        self._transport, self._step, self._land, self._buffers = transport, step, land, buffers
-        self._work = work
+        self._transport, self._step, self._tails, self._land = transport, step, tails, land
+        self._work: dist.Work | None = work
 
     def wait(self) -> None:
         if self._work is None:
             return
         self._transport.await_(self._work, self._step)
+        if short := self._tails.untouched():
+            raise self._transport.short(short, self._step)
         self._land()
         self._work = None
+
+
+class _Tails:
+    """Notices messages that are too short, which gloo takes without a word.
+
+    The end of each place that receives holds a random mark until something overwrites it.
+    """
+
+    def __init__(self, take: Tensor, sizes: Sequence[int]) -> None:
+        self._bytes = take.numpy()
+        self._mark = secrets.token_bytes(TAIL)
+        places = zip(range(len(sizes)), accumulate(sizes), sizes, strict=True)
+        self._ends = [(rank, end) for rank, end, n in places if n >= TAIL]
+        for _, end in self._ends:
+            self._bytes[end - TAIL : end] = memoryview(self._mark).cast("b")
+
+    def untouched(self) -> list[int]:
+        ends = self._ends
+        return [r for r, end in ends if self._bytes[end - TAIL : end].tobytes() == self._mark]
 
 
 def _one_buffer(

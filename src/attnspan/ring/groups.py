@@ -32,8 +32,8 @@ def transport_of(
 ) -> Transport:
     """What carries bytes between the members of a group; made once for each group, and kept.
 
-    The first call for a group is collective: all its members make it. Ranks are those in the group.
-    A group may be a part of the world.
+    The first call for a group is collective: all its members make it, within a minute. Ranks are
+    those in the group, which may be a part of the world.
 
     Args:
         group: None: the default group; a mesh: its one dimension; a transport: itself, as it is.
@@ -133,7 +133,7 @@ def _members(group: Any) -> ProcessGroup:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "group: None is the default group, and torch.distributed isn't initialised; call "
-                "torch.distributed.init_process_group or attnspan.ring.init first"
+                "torch.distributed.init_process_group or attnspan.ring.groups.init first"
             )
         members = dist.group.WORLD
         assert members is not None

@@ -46,9 +46,8 @@ class NcclTransport(Transport):
     def __init__(self, group: ProcessGroup, deadline: float = 10.0) -> None:
         self._group = weakref.ref(group)
         self.rank, self.size = group.rank(), group.size()
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        self._side_group = _side(group)
-        self._side = GlooTransport(self._side_group, deadline)
+        self._device = _device()
+        self._side = GlooTransport(group, deadline)
         self._flights: deque[_Sent] = deque()
         # NCCL connects all ranks in the first call; a batch of some pairs alone would hang there.
         dist.all_reduce(torch.zeros(1, device=self._device), group=group)
@@ -73,10 +72,10 @@ class NcclTransport(Transport):
         checked(self, sends, receives)
         for name, parts in (("sends", sends), ("receives", receives)):
             for peer, x in parts.items():
-                if not x.is_cuda:
+                if x.device.type != self._device.type:
                     raise ValueError(
-                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL those on a CUDA "
-                        "device are allowed (over gloo both)"
+                        f"{name}: a tensor on {x.device} for rank {peer}; over NCCL those on CUDA "
+                        "devices are allowed (over gloo both)"
                     )
         self._begin(step)
         group = self.group
@@ -89,27 +88,25 @@ class NcclTransport(Transport):
         self.sent += sum(x.numel() for x in sends.values())
         if not batch:
             return _Flight([])
-        begins = torch.cuda.Event()
-        begins.record()
+        begins = self._mark()
         works = dist.batch_isend_irecv(batch)
         self._flights.append(_Sent(begins, works, step, self.layer))
         return _Flight(works)
 
     def gather(self, x: Tensor, step: str) -> Tensor:
         self._begin(step)
-        bytes_ = x.detach().contiguous().reshape(-1).view(torch.uint8).to(self._device)
-        take = bytes_.new_empty(self.size * bytes_.numel())
-        self.sent += bytes_.numel() * (self.size - 1)
-        begins = torch.cuda.Event()
-        begins.record()
-        work = dist.all_gather_into_tensor(take, bytes_, self.group, async_op=True)
+        raw = x.detach().contiguous().reshape(-1).view(torch.uint8).to(self._device)
+        take = raw.new_empty(self.size * raw.numel())
+        self.sent += raw.numel() * (self.size - 1)
+        begins = self._mark()
+        work = dist.all_gather_into_tensor(take, raw, self.group, async_op=True)
         assert work is not None
         self._flights.append(_Sent(begins, [work], step, self.layer))
         work.wait()
         return take.view(x.dtype).view(self.size, *x.shape).to(x.device)
 
     def agree(self, facts: Mapping[str, str], by: str) -> None:
-        self.watch(f"{by}'s agreement")
+        self.watch()
         self._side.layer = self.layer
         before = self._side.waited
         try:
@@ -120,12 +117,16 @@ class NcclTransport(Transport):
         finally:
             self.waited += self._side.waited - before
 
-    def _begin(self, step: str) -> None:
-        self.watch(step)
-        self._side.check(step)
-        self._side.trail.add(step, self.layer)
+    def leave(self, why: str) -> None:
+        self._side.leave(why)
+        self._abort()
 
-    def watch(self, step: str) -> None:
+    def _begin(self, step: str) -> None:
+        self.watch()
+        self._side.layer = self.layer
+        self._side.begin(step)
+
+    def watch(self) -> None:
         """Looks whether earlier exchanges ended in time; waits for nothing.
 
         Raises:
@@ -147,6 +148,12 @@ class NcclTransport(Transport):
                 raise error
             return
 
+    def _mark(self) -> torch.cuda.Event:
+        """Tells later how far the current stream came."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
     def _abort(self) -> None:
         self._flights.clear()
         if (group := self._group()) is not None:
@@ -165,11 +172,5 @@ class _Flight(Pending):
         self._works = []
 
 
-def _side(group: ProcessGroup) -> ProcessGroup:
-    """A group of the same processes that has gloo: the same one where it has both."""
-    if dist.get_backend_config(group).find("cpu:gloo") >= 0:
-        return group
-    ranks = dist.get_process_group_ranks(group)
-    side = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(side, ProcessGroup)
-    return side
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -15,6 +16,7 @@ from torch.distributed import ProcessGroup, get_global_rank
 
 T = TypeVar("T")
 LOOK_EVERY = 0.02
+LINGER = 0.3
 CLOSED = "its connection closed: it died, or left the ring"
 
 
@@ -51,7 +53,7 @@ class RollCall:
         store: Store = group.get_group_store()
         self.rank, self.size = group.rank(), group.size()
         epoch = store.add(f"attnspan.ring/epoch/{self.rank}", 1)
-        self._store = PrefixStore(f"attnspan.ring/{epoch}", store)
+        self.store = PrefixStore(f"attnspan.ring/{epoch}", store)
         self._host = _host(store, group)
 
     def verdict(self, seconds: float) -> Verdict | None:
@@ -65,7 +67,7 @@ class RollCall:
     def closed(self, ranks: Sequence[int], standing: Standing, seconds: float) -> Verdict:
         """The verdict, after the connections to some ranks broke.
 
-        Those of them that stood up for the roll call broke theirs on purpose: they know who is lost.
+        Those of them that stood up for the roll call broke theirs on purpose, knowing who is lost.
         """
 
         def work() -> Verdict:
@@ -109,36 +111,43 @@ class RollCall:
 
     def _all_there(self) -> Verdict:
         """All are alive, and yet what one waits for didn't come."""
-        texts = [self._store.get(f"here/{rank}").decode() for rank in range(self.size)]
+        texts = [self.store.get(f"here/{rank}").decode() for rank in range(self.size)]
         stand = [Standing(**json.loads(text)) for text in texts]
         if len({(s.call, s.step) for s in stand}) == 1:
             last = min(range(self.size), key=lambda rank: stand[rank].waited)
             return Verdict((last,), "it came later than the deadline allows")
         furthest = max(s.call for s in stand)
         behind = tuple(rank for rank, s in enumerate(stand) if s.call < furthest)
+        (most, times), *_ = Counter((s.call, s.step) for s in stand).most_common(1)
+        if not behind and 2 * times > self.size:
+            behind = tuple(rank for rank, s in enumerate(stand) if (s.call, s.step) != most)
         where = ", ".join(f"rank {rank} in call {s.call}, {s.step}" for rank, s in enumerate(stand))
         return Verdict(behind, f"all are alive, but not in the same call: {where}")
 
     def _stand_up(self, standing: Standing) -> None:
-        self._store.set(f"here/{self.rank}", json.dumps(asdict(standing)))
+        self.store.set(f"here/{self.rank}", json.dumps(asdict(standing)))
 
     def _stands(self, rank: int) -> bool:
-        return self._store.check([f"here/{rank}"])
+        return self.store.check([f"here/{rank}"])
 
     def _written(self) -> Verdict | None:
-        if not self._store.check(["verdict"]):
+        if not self.store.check(["verdict"]):
             return None
-        return _read(self._store.get("verdict"))
+        return _read(self.store.get("verdict"))
 
     def _write(self, verdict: Verdict) -> Verdict:
         text = json.dumps([verdict.ranks, verdict.why])
-        return _read(self._store.compare_set("verdict", "", text))
+        return _read(self.store.compare_set("verdict", "", text))
 
     def _or_gone(
         self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
     ) -> Verdict:
         try:
-            return self._within(seconds, work)
+            verdict = self._within(seconds, work)
+            if self.rank in self._host[0]:
+                # The store ends with this process: the others have to read it first.
+                time.sleep(LINGER)
+            return verdict
         except StoreGone:
             ranks, name = self._host
             why = f"the group's store doesn't answer any more, and it lies with {name}"

@@ -112,7 +112,9 @@ def simulate(size: int, work: Callable[[Transport], T], deadline: float = 60.0) 
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(SimulatedTransport(board, rank))
+            # On a GPU autograd has one thread, in which the ranks' gradients would wait for ever.
+            with torch.autograd.set_multithreading_enabled(False):
+                results[rank] = work(SimulatedTransport(board, rank))
         except BaseException as error:
             errors[rank] = error
             with board.changed:

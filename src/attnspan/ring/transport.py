@@ -104,6 +104,13 @@ class Transport(ABC):
             RingPeerLost: as in `Pending.wait`.
         """
 
+    def leave(self, why: str) -> None:  # noqa: B027
+        """Tells the others at once that this rank can't go on, after an error amid its exchanges.
+
+        They raise `RingPeerLost`, and so does this transport from then on. Without it they would
+        wait until the deadline, or take a later call of this rank for what they wait for.
+        """
+
 
 def checked(
     transport: Transport, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]
