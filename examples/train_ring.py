@@ -82,6 +82,7 @@ def losses_in_rings(options: argparse.Namespace, mesh: DeviceMesh) -> list[float
     losses = load(options.checkpoints, model, optimizer) if options.checkpoints else []
     if losses and first:
         print(f"goes on after step {len(losses)}", flush=True)
+    dist.barrier()  # torch's patience, not the ring's, covers what is slow to load
     each = options.rows // mesh["rows"].size()
     mine = slice(mesh.get_local_rank("rows") * each, (mesh.get_local_rank("rows") + 1) * each)
     with span.attach(model, ring=mesh["ring"]):
@@ -123,7 +124,7 @@ def save(
         os.replace(unfinished, path)
         for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
             old.unlink()
-    dist.barrier()  # torch's patience, not the ring's, covers the writing
+    dist.barrier()  # likewise, the writing
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
