@@ -64,7 +64,7 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 8},
     "olmo2": {"head_dim": 16},
     "olmo3": {"head_dim": 16, "sliding_window": 8},
-    "smollm3": {"head_dim": 16},
+    "smollm3": {"head_dim": 16, "pad_token_id": 0},
 }
 
 

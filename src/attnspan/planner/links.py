@@ -236,9 +236,15 @@ def _figure(held: Mapping[str, Any], key: str, where: str) -> float | None:
     value = held.get(key)
     if value is None and key not in _NEEDED:
         return None
-    least = "from 0 on" if key in ("call_s", "overlap") else "above 0"
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value < 1e30
-    if not good or value < 0 or (value == 0 and least == "above 0"):
+    from_zero = key in ("call_s", "overlap")
+    # No number compares so with NaN; JSON as Python reads it has infinities too.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value < 1e30
+        or (value == 0 and not from_zero)
+    ):
+        least = "from 0 on" if from_zero else "above 0"
         raise ValueError(f"{where}: {key} is {value!r}; a number {least} is allowed")
     if key == "overlap" and value > 1:
         raise ValueError(f"{where}: {key} is {value!r}; a number from 0 to 1 is allowed")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import Causal, SlidingWindow
+from attnspan.planner.forms import works
 from attnspan.planner.links import LINKS, Link, Machine
 from attnspan.planner.ring import Cost, Heads, choose, cost
 from attnspan.planner.spec import ModelSpec
-from attnspan.planner.work import Work, works
+from attnspan.planner.work import Work
 
 WEIGHTS = ("bf16", "fp8")
 HIDDEN = 0.01  # of the time: communication that is exposed for less counts as hidden
@@ -85,7 +86,7 @@ class Simulation:
         exact: False where a stride makes figures estimates.
 
     Raises:
-        ValueError: heads that can't be split so, or as in `attnspan.planner.work.work`.
+        ValueError: heads that can't be split so, or as in `attnspan.planner.forms.work`.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from attnspan.planner.work import MOST_TOKENS
+from attnspan.planner.forms import MOST_TOKENS
 
 _SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 

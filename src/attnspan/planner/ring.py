@@ -124,7 +124,7 @@ def cost(
 
     Args:
         schedule: as above.
-        of: the work of a ring of so many ranks, as `attnspan.planner.work.works` gives it.
+        of: the work of a ring of so many ranks, as `attnspan.planner.forms.works` gives it.
         size: ranks.
         heads: of the layer.
         machine: rates.
@@ -155,7 +155,7 @@ def cost(
     for k, each in enumerate(rounds[1:], 1):
         exchanged[k - 1] += each.moved * traded.kv_bytes
         if backward:
-            exchanged[min(k + 1, len(rounds))] += each.moved * gradient
+            exchanged[k + 1] += each.moved * gradient
     moving = [link.latency + x / link.bandwidth if x else 0.0 for x in exchanged]
     beside = [*compute, 0.0]
     exposed = sum(x - link.overlap * min(x, busy) for x, busy in zip(moving, beside, strict=True))

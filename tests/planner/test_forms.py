@@ -7,7 +7,8 @@ import pytest
 
 from attnspan.patterns import pairs as count_pairs
 from attnspan.patterns import parse
-from attnspan.planner.work import MOST_RANKS, Work, work
+from attnspan.planner.forms import MOST_RANKS, work
+from attnspan.planner.work import Work
 from attnspan.ring.layout import Contiguous, Striped, ZigZag
 
 LAYOUTS = {"contiguous": Contiguous(), "zigzag": ZigZag(), "striped": Striped()}
