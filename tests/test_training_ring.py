@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,8 +84,7 @@ def test_two_processes_of_which_one_is_killed_go_on_as_one(tmp_path, alone) -> N
     arguments = (f"--losses={tmp_path / 'losses.json'}", f"--checkpoints={folder}", "--every=5")
     with launched(2, *arguments) as run:
         until(lambda: (folder / "step-000015.safetensors").exists())
-        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
+        os.kill(workers_of(run.pid)[-1], signal.SIGKILL)
         output = finished(run)
     steps = [int(step) for step in re.findall(r"goes on after step (\d+)", output)]
     assert len(steps) == 1, output
@@ -97,8 +96,13 @@ def test_two_processes_of_which_one_is_killed_go_on_as_one(tmp_path, alone) -> N
     ]
 
 
-def until(true: object, seconds: float = 90) -> None:
+def workers_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(c) for c in children if EXAMPLE.name in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def until(true: Callable[[], bool], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
+    while not true():
         assert time.monotonic() < end, "nothing came"
         time.sleep(0.005)
