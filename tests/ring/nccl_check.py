@@ -1,7 +1,8 @@
-"""NCCL between real GPUs, by hand: torchrun --nproc-per-node=2 tests/ring/nccl_check.py [lost]
+"""NCCL between real GPUs, by hand: torchrun --nproc-per-node=2 tests/ring/nccl_check.py
 
-Prints one line for each check that holds, from rank 0. With `lost`, the last rank hangs in the end:
-the others raise within the deadline, and exit.
+Rank 0 prints one line for each check that holds. With `exchange` or `agree` as its argument the
+last rank hangs there in the end: the others raise after the deadline, and exit. `torchrun` then
+waits for the rank that hangs: run it under `timeout`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import signal
 import sys
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from attnspan.ring.groups import init, transport_of
 from attnspan.ring.nccl import NcclTransport
@@ -75,7 +78,8 @@ def exchanges(transport: NcclTransport) -> None:
     whole = time.perf_counter() - began
     rate = 20 * n / whole / 1e9
     say(
-        f"the host stood {1e3 * host / 20:.2f} ms an exchange, of {1e3 * whole / 20:.2f}; {rate:.0f} GB/s"
+        f"an exchange takes {1e3 * whole / 20:.2f} ms, {rate:.0f} GB/s; "
+        f"the host stands {1e3 * host / 20:.2f} ms of it"
     )
 
 
@@ -96,13 +100,20 @@ def agreements(transport: NcclTransport) -> None:
         transport.agree({"k": "same"}, "ring_attention")
     say(f"agree, {1e3 * (time.perf_counter() - began) / 50:.2f} ms")
     last = transport.rank == transport.size - 1
-    try:
+    with pytest.raises(RingMismatch, match="calls with k") as error:
         transport.agree({"k": "(1, 9)" if last else "(1, 8)"}, "ring_attention")
-    except RingMismatch as error:
-        assert f"rank {transport.size - 1}" in str(error) or "rank 0" in str(error), error
-        say(f"agree refuses: {error}")
-    else:
-        raise AssertionError("ranks that differ agreed")
+    say(f"agree refuses: {error.value}")
+
+
+def meshes(transport: NcclTransport) -> None:
+    mesh = init_device_mesh("cuda", (1, transport.size), mesh_dim_names=("data", "ring"))
+    ring = transport_of(mesh["ring"])
+    assert (ring.rank, ring.size) == (transport.rank, transport.size)
+    assert transport_of(mesh["ring"]) is ring
+    ring.agree({"k": "same"}, "ring_attention")
+    rows = ring.gather(torch.full((2,), ring.rank, device="cuda"), "rows")
+    assert rows[:, 0].tolist() == list(range(ring.size))
+    say("the ring of a mesh")
 
 
 def lost(transport: NcclTransport, where: str) -> None:
@@ -135,14 +146,14 @@ def main() -> None:
     exchanges(transport)
     gathers(transport)
     agreements(transport)
+    meshes(transport)
     if len(sys.argv) > 1:
         lost(transport, sys.argv[1])
         # The communicator is aborted: nothing of it is left to take down.
         os._exit(0)
     dist.barrier()
     dist.destroy_process_group()
-    say_end = f"rank {transport.rank} exits"
-    print(f"OK {say_end}", flush=True)
+    print(f"OK rank {transport.rank} exits", flush=True)
 
 
 if __name__ == "__main__":

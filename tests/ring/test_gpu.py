@@ -29,8 +29,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_it_is_what_one_process_computes(pattern, layout, schedule, head_dim) -> None:
     given = oracle.problem(pattern, 1024, (8, 4), torch.bfloat16, head_dim=head_dim, device="cuda")
-    got, _ = oracle.ringed(given, pattern, layout, 4, schedule)
-    oracle.check(got, given, 4)
+    # Alone first: Triton's first compilation of a kernel is not safe among threads.
+    for world, each in ((1, "ring"), (4, schedule)):
+        got, _ = oracle.ringed(given, pattern, layout, world, each)
+        oracle.check(got, given, world)
 
 
 def test_int8_in_flight_is_near() -> None:
@@ -38,4 +40,4 @@ def test_int8_in_flight_is_near() -> None:
     exact, _ = oracle.ringed(given, Causal(), ZigZag(), 4, "ring")
     coded, _ = oracle.ringed(given, Causal(), ZigZag(), 4, "ring", wire="int8")
     for name, a, b in zip(oracle.NAMES, coded, exact, strict=True):
-        assert 1e-4 < float((a - b).norm() / b.norm()) < 0.03, name
+        assert 1e-5 < float((a - b).norm() / b.norm()) < 0.03, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -275,6 +276,23 @@ def left(rank: int, size: int) -> dict[str, Any]:
     raise AssertionError("a rank that left wasn't missed")
 
 
+def part_loses(rank: int, size: int) -> dict[str, Any]:
+    """A ring of ranks 1 to 3 of the world, of which its last leaves."""
+    part = dist.new_group([1, 2, 3])
+    if rank == 0:
+        # It hosts the store.
+        time.sleep(2.0)
+        return {}
+    transport = transport_of(part)
+    assert transport.rank == rank - 1
+    if rank == 3:
+        transport.leave("it ran out of memory")
+        return {}
+    with pytest.raises(RingPeerLost) as error:
+        transport.agree({}, "ring_attention")
+    return {"ranks": error.value.ranks, "text": str(error.value)}
+
+
 def too_short(rank: int, size: int) -> dict[str, Any]:
     """Rank 0 sends 40 bytes where 400 are awaited."""
     transport = transport_of(None, 2.0)
@@ -300,14 +318,6 @@ def absent(rank: int, size: int) -> dict[str, Any]:
     except RingPeerLost as error:
         return {"ranks": error.ranks, "text": str(error), "seconds": error.seconds}
     raise AssertionError("a ring without rank 2")
-
-
-def dropped(rank: int, size: int) -> None:
-    transport = transport_of()
-    swap(transport, 0)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    transport.exchange({}, {1: torch.empty(8, dtype=torch.int8)}, "dropped")
 
 
 def restarted(rank: int, size: int, port: int, attempt: int, last: bool) -> int:
@@ -437,3 +447,29 @@ def costs(rank: int, size: int, repeats: int) -> dict[str, float]:
         result[name] = 1e3 * median(times)
         result[f"{name} CPU"] = 1e3 * (time.process_time() - cpu) / repeats
     return result
+
+
+def even(rank: int, size: int, sleep: float) -> None:
+    time.sleep(sleep)
+    if rank % 2:
+        raise ValueError(f"no even number: {rank}")
+
+
+def leaving(store: str, rank: int) -> None:
+    """Rank 1 hangs; rank 0 ends its program without taking anything down."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    group = dist.group.WORLD
+    assert group is not None
+    lost, dropped = transport_of(group, 1.0), GlooTransport(group)
+    lost.agree({}, "ring_attention")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    take = torch.empty(8, dtype=torch.int8)
+    dropped.exchange({}, {1: take}, "never waited for")
+    with pytest.raises(RingPeerLost, match="rank 1 lost"):
+        lost.exchange({}, {1: take}, "keys").wait()
+    print("about to exit", time.time(), flush=True)
+
+
+if __name__ == "__main__":
+    leaving(sys.argv[1], int(sys.argv[2]))

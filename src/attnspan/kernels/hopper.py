@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -199,23 +200,28 @@ def compiled_for(target: Any, *kind: Any) -> Any:
         return triton.compile(source, target=target, options=options)
 
 
+_assembling = Lock()
+
+
 @contextmanager
 def _sound_assembler() -> Iterator[None]:
     """Inside, Triton assembles with a ptxas of 12.9 or later.
 
     That of CUDA 12.8, which Triton 3.6 has for Hopper, miscompiles this kernel: it sets a uniform
     register on the way into the first loop alone, so that tiles which skip the loop go wrong.
-    Triton brings a later one for Blackwell, that knows Hopper as well.
+    Triton brings a later one for Blackwell, that knows Hopper as well. Which one it takes is a
+    setting of the process, so threads take turns.
     """
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas
-    if tuple(map(int, tool.version.split("."))) >= (12, 9):
-        yield
-        return
-    with knobs.nvidia.scope():
-        knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell.path
-        yield
+    with _assembling:
+        tool = knobs.nvidia.ptxas
+        if tuple(map(int, tool.version.split("."))) >= (12, 9):
+            yield
+            return
+        with knobs.nvidia.scope():
+            knobs.nvidia.ptxas = knobs.nvidia.ptxas_blackwell.path
+            yield
 
 
 def signature(

@@ -109,7 +109,9 @@ class GlooTransport(Transport):
 
     def leave(self, why: str) -> None:
         if self._broken is None:
-            self._end(Verdict((self.rank,), why), why)
+            mine = Verdict((self.rank,), why)
+            self._rolls.tell(mine)
+            self._end(mine, "its own calls")
 
     def check(self, step: str) -> None:
         """Raises if the ring is broken, or if the others gave up while this process was away."""
@@ -161,7 +163,8 @@ class GlooTransport(Transport):
 
     def short(self, ranks: Sequence[int], step: str) -> RingPeerLost:
         """Ends the ring, after messages that were shorter than they had to be."""
-        verdict = Verdict(tuple(ranks), "it sent less than is awaited, so it makes another call")
+        why = "it sent less than is awaited, so it makes another call"
+        verdict = self._rolls.tell(Verdict(tuple(ranks), why))
         self._end(verdict, step)
         return RingPeerLost(verdict.ranks, self.layer, step, 0.0, verdict.why)
 
@@ -242,20 +245,20 @@ def _one_buffer(
     if not rows:
         return torch.empty(0, dtype=torch.int8), sizes, _nothing
     cuda = rows[0].is_cuda
-    if not cuda and _adjacent(rows):
+    if rows[0].device.type == "cpu" and _adjacent(rows):
         return rows[0].as_strided((sum(sizes),), (1,)), sizes, _nothing
     buffer = torch.empty(sum(sizes), dtype=torch.int8, pin_memory=cuda)
     places = buffer.split([row.numel() for row in rows])
     if filled:
         for place, row in zip(places, rows, strict=True):
-            place.copy_(row, non_blocking=True)
+            place.copy_(row, non_blocking=cuda)
         if cuda:
             torch.cuda.current_stream(rows[0].device).synchronize()
         return buffer, sizes, _nothing
 
     def land() -> None:
         for place, row in zip(places, rows, strict=True):
-            row.copy_(place, non_blocking=True)
+            row.copy_(place, non_blocking=cuda)
 
     return buffer, sizes, land
 

@@ -39,6 +39,7 @@ def transport_of(
         group: None: the default group; a mesh: its one dimension; a transport: itself, as it is.
         deadline: seconds that a wait may last before a peer counts as lost.
         device: where the tensors lie that will be sent. None: on the GPU if the group has NCCL.
+            Those on the host go over gloo, also for a group of NCCL.
 
     Raises:
         RuntimeError: there is no default group.
@@ -53,10 +54,9 @@ def transport_of(
     if members.size() == 1:
         return Alone()
     backends = _backends(members)
-    kind = "nccl" if backends.get("cuda") == "nccl" else "gloo"
-    if device is not None and torch.device(device).type == "cpu" and "gloo" in backends.values():
-        kind = "gloo"
-    if kind not in backends.values():
+    host = device is not None and torch.device(device).type == "cpu"
+    kind = "nccl" if backends.get("cuda") == "nccl" and not host else "gloo"
+    if not {"gloo", "nccl"} & set(backends.values()):
         names = ", ".join(sorted(set(backends.values())))
         raise ValueError(f"group: its backend is {names}; gloo and nccl are allowed")
     kept = _KEPT.setdefault(members, {})

@@ -37,6 +37,7 @@ class NcclTransport(Transport):
     A peer that is lost is found by `agree`, and by a look at earlier exchanges whenever another one
     begins: the device reached it, and more than the deadline later it hasn't ended. Then the
     communicator is aborted, without which nothing on the device would end, the process included.
+    A host that makes no further call, and waits for the device alone, has NCCL's own time-out.
 
     Args:
         group: of which this process is a member; held weakly.

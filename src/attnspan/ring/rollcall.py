@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed import ProcessGroup, get_global_rank
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 T = TypeVar("T")
+# Seconds between two looks into the store, and those that the others have for the last of them.
 LOOK_EVERY = 0.02
-LINGER = 0.3
+LINGER = 0.5
 CLOSED = "its connection closed: it died, or left the ring"
 
 
@@ -30,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a rank stands when it gives up: in its how manieth call, in what, waiting how long."""
+    """Where a rank stands when it gives up: the number of its call, what it is, seconds waited."""
 
     call: int
     step: str
@@ -54,15 +55,19 @@ class RollCall:
         self.rank, self.size = group.rank(), group.size()
         epoch = store.add(f"attnspan.ring/epoch/{self.rank}", 1)
         self.store = PrefixStore(f"attnspan.ring/{epoch}", store)
-        self._host = _host(store, group)
+        self._world = get_process_group_ranks(group)
+        self._host = _host(store, self._world)
 
     def verdict(self, seconds: float) -> Verdict | None:
         """What the others found while this rank was away; None: they still wait."""
-
         try:
             return self._within(seconds, self._written)
         except StoreGone:
             return None
+
+    def tell(self, verdict: Verdict) -> Verdict:
+        """Tells the others what this rank alone knows; returns what all go by from now on."""
+        return self._or_gone(lambda: self._write(verdict), 1.0, verdict.ranks)
 
     def closed(self, ranks: Sequence[int], standing: Standing, seconds: float) -> Verdict:
         """The verdict, after the connections to some ranks broke.
@@ -136,11 +141,18 @@ class RollCall:
         return _read(self.store.get("verdict"))
 
     def _write(self, verdict: Verdict) -> Verdict:
-        text = json.dumps([verdict.ranks, verdict.why])
+        text = json.dumps([verdict.ranks, verdict.why + self._in_world(verdict.ranks)])
         return _read(self.store.compare_set("verdict", "", text))
 
+    def _in_world(self, ranks: Sequence[int]) -> str:
+        """Who they are, where the ring isn't the whole world."""
+        world = [self._world[rank] for rank in ranks]
+        if world == list(ranks):
+            return ""
+        return f" (rank{'s' * (len(world) > 1)} {', '.join(map(str, world))} of the world)"
+
     def _or_gone(
-        self, work: Callable[[], Verdict], seconds: float, otherwise: tuple[int, ...]
+        self, work: Callable[[], Verdict], seconds: float, closed: tuple[int, ...]
     ) -> Verdict:
         try:
             verdict = self._within(seconds, work)
@@ -149,9 +161,11 @@ class RollCall:
                 time.sleep(LINGER)
             return verdict
         except StoreGone:
-            ranks, name = self._host
-            why = f"the group's store doesn't answer any more, and it lies with {name}"
-            return Verdict(ranks or otherwise, why)
+            host, name = self._host
+            gone = f"the group's store doesn't answer any more, and it lies with {name}"
+            if host or not closed:
+                return Verdict(host, gone)
+            return Verdict(closed, f"{CLOSED}{self._in_world(closed)}; {gone}")
 
     def _within(self, seconds: float, work: Callable[[], T]) -> T:
         """The store's calls know no time-out where its host hangs: a thread waits in our place."""
@@ -178,8 +192,8 @@ def _read(text: bytes) -> Verdict:
     return Verdict(tuple(ranks), why)
 
 
-def _host(store: Store, group: ProcessGroup) -> tuple[tuple[int, ...], str]:
-    """Whose end takes the store along: its ranks in the group, and its name."""
+def _host(store: Store, world: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """Whose end takes the store along: its rank in the group, if it has one, and its name."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):
@@ -187,5 +201,4 @@ def _host(store: Store, group: ProcessGroup) -> tuple[tuple[int, ...], str]:
     where = f"{store.host}:{store.port}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return (), f"the agent of torchrun at {where}"
-    members = tuple(r for r in range(group.size()) if get_global_rank(group, r) == 0)
-    return members, f"rank 0 of the world, at {where}"
+    return tuple(world.index(r) for r in world if r == 0), f"rank 0 of the world, at {where}"
