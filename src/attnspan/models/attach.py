@@ -27,7 +27,9 @@ from attnspan.policies import KeepAll
 
 
 @contextmanager
-def attach(model: nn.Module, pattern: Patterns | None = None) -> Iterator[nn.Module]:
+def attach(
+    model: nn.Module, pattern: Patterns | None = None, *, ring: Any = None
+) -> Iterator[nn.Module]:
     """For the block's length, `model` attends through attnspan; afterwards it is as before.
 
     Without a pattern it takes an `attnspan.Cache` as `past_key_values`, in eval mode; calls without
@@ -41,17 +43,29 @@ def attach(model: nn.Module, pattern: Patterns | None = None) -> Iterator[nn.Mod
         model: a decoder of Hugging Face transformers.
         pattern: one for all layers, a list of one for each, or a mapping from the config's
             `layer_types`, such as `{"sliding_attention": SlidingWindow(512), "full_attention":
-            Causal()}`. It replaces the masks that the model would have.
+            Causal()}`. It replaces the masks that the model would have. With a ring, None is what
+            the model has: causal layers and sliding windows.
+        ring: the processes that share each sequence: an `attnspan.Ring`, or a process group or 1-D
+            `DeviceMesh`, whose layout is then `Contiguous` where every layer has a window, and
+            `ZigZag` otherwise. None: this process alone.
 
     Raises:
         ValueError: where the model can't be done exactly, or the pattern doesn't fit its layers;
-            one sentence says why.
-        TypeError: where `model` is no module, or `pattern` is none of these.
+            one sentence says why. With a ring, on every rank alike, and `RingMismatch` where the
+            ranks' models, patterns or calls differ.
+        TypeError: where `model` is no module, or `pattern` or `ring` is none of these.
+        RingPeerLost: a process of the ring died or hangs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; a transformers model is allowed")
     if "_attnspan" in model.__dict__ or "_attnspan_pattern" in model.__dict__:
         raise ValueError("model is attached already; one `with attnspan.attach(model):` is allowed")
+    if ring is not None:
+        from attnspan.models.ringed import ringed
+
+        with ringed(model, pattern, ring):
+            yield model
+        return
     if pattern is not None:
         with patterned(model, pattern):
             yield model

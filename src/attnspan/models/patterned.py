@@ -54,7 +54,7 @@ def patterned(model: nn.Module, pattern: Patterns) -> Iterator[nn.Module]:
     """
     interface = Interface(model)
     count = text_config(model).num_hidden_layers
-    patterns = _per_layer(pattern, count, getattr(text_config(model), "layer_types", None))
+    patterns = per_layer(pattern, count, getattr(text_config(model), "layer_types", None))
     _check(model, interface, count)
     with _running(model, interface, patterns):
         model.__dict__["_attnspan_pattern"] = pattern
@@ -64,7 +64,7 @@ def patterned(model: nn.Module, pattern: Patterns) -> Iterator[nn.Module]:
             del model.__dict__["_attnspan_pattern"]
 
 
-def _per_layer(pattern: Any, count: int, kinds: Sequence[str] | None) -> tuple[Pattern, ...]:
+def per_layer(pattern: Any, count: int, kinds: Sequence[str] | None) -> tuple[Pattern, ...]:
     if isinstance(pattern, Pattern):
         return (pattern,) * count
     if isinstance(pattern, Mapping):
@@ -155,7 +155,7 @@ def _running(
         if pattern is None:
             pattern = SlidingWindow(sliding_window) if sliding_window else Causal()
         options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
-        with _cast(q, k, v) as (q, k, v):
+        with cast(q, k, v) as (q, k, v):
             return _by_document(mask.documents, q, k, v, pattern, options)
 
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
@@ -179,7 +179,7 @@ def _running(
 
 
 @contextmanager
-def _cast(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def cast(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Under autocast, q, k and v in its dtype; in the block it is off.
 
     torch does this for its own attention, whose inputs may come in several dtypes: rotary

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from functools import partial as partially
 from typing import Any, Literal, overload
 
 import torch
@@ -117,7 +119,9 @@ def ring_attention(
 
     Args:
         q: `(batch, Hq, n / N, head_dim)`, the process's shard of n tokens over N processes;
-            float64, float32, bfloat16 or float16.
+            float64, float32, bfloat16 or float16. Or q, k and v are DTensors of the whole, of the
+            placement `Shard(2)` on a mesh of one dimension, which is then the group; so are the
+            results.
         k: `(batch, Hkv, n / N, head_dim)`, `Hq % Hkv == 0`.
         v: `(batch, Hkv, n / N, value_dim)`.
         pattern: of the whole sequence.
@@ -161,6 +165,13 @@ def ring_attention(
     >>> torch.allclose(layout.unshard(simulate(2, work), 2), attention(*whole), atol=1e-6)
     True
     """
+    if any(map(_is_dtensor, (q, k, v))):
+        from attnspan.ring.dtensor import of_dtensors
+
+        call: Any = partially(ring_attention, pattern=pattern, layout=layout, schedule=schedule)
+        call = partially(call, scale=scale, softcap=softcap, return_lse=return_lse, impl=impl)
+        call = partially(call, wire=wire, deadline=deadline, layer=layer)
+        return of_dtensors(call, q, k, v, sink_logits, group)
     transport = transport_of(group, deadline)
     transport.layer = layer
     options = _Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
@@ -170,6 +181,12 @@ def ring_attention(
         options = replace(options, schedule=chosen)
     out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
     return (out, lse) if return_lse else out
+
+
+def _is_dtensor(x: Any) -> bool:
+    """Without loading what defines them."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(x, loaded.DTensor)
 
 
 def explain(
