@@ -1,7 +1,8 @@
-"""`attnspan ring`: what a ring will cost."""
+"""`attnspan ring`: whether a ring is exact here, and what one costs, here and elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,124 @@ def simulate(
         write_file(json, text.encode())
     typer.echo(_head(about))
     typer.echo(_table(rows, refused, rates))
+
+
+@ring.command()
+def check(
+    processes: Annotated[int, typer.Option(help="That share the sequence, on this machine.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Of the sequence whose cost is measured.")] = 8192,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    json: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures; `-`: print them."),
+    ] = None,
+) -> None:
+    """Run a ring of processes here: is it exact, does it leak, what does it send and cost?
+
+    It starts the processes itself, over gloo on the CPU. `attnspan ring simulate --link FILE` takes
+    what --json wrote.
+    """
+    import subprocess
+    import tempfile
+    from json import loads
+    from pathlib import Path
+
+    from attnspan.evaluation.files import check_file, to_json, write_file
+
+    for name, value, least in (
+        ("processes", processes, 2),
+        ("tokens", tokens, 1),
+        ("heads", heads, 1),
+        ("kv-heads", kv_heads, 1),
+        ("head-dim", head_dim, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; a whole number of at least {least} is allowed")
+    if tokens % (2 * processes):
+        raise ValueError(
+            f"tokens is {tokens} on {processes} processes; a multiple of {2 * processes} is allowed"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"heads is {heads}; a multiple of the {kv_heads} KV heads is allowed")
+    if json is not None and json != "-":
+        check_file(json)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "check.json"
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), "-m", "attnspan.ring.check", "--out", str(out)),
+            *("--tokens", str(tokens), "--heads", str(heads)),
+            *("--kv-heads", str(kv_heads), "--head-dim", str(head_dim)),
+        ]
+        # One thread each: the processes are what runs side by side.
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not out.exists():
+            sys.stderr.write(f"{done.stderr[-4000:]}\nattnspan: ring check: a process failed\n")
+            raise typer.Exit(1)
+        found = loads(out.read_text())
+    if json == "-":
+        sys.stdout.write(to_json(found))
+        return
+    if json is not None:
+        write_file(json, to_json(found).encode())
+    typer.echo(_checked(found))
+
+
+def _checked(found: dict[str, Any]) -> str:
+    """What a check found, as tables."""
+    shape = found["shape"]
+    lines = [
+        f"{found['processes']} processes over gloo, float32. Largest error of a result or a "
+        "gradient against float64, and that of one process:",
+        f"{'pattern':32} {'layout':11} {'schedule':10} {'ring':>9} {'one':>9}",
+    ]
+    lines += [
+        f"{row['pattern']:32} {row['layout']:11} {row['schedule']:10} {row['error']:9.1e} "
+        f"{row['one_process']:9.1e}"
+        for row in found["exactness"]
+    ]
+    lines += [
+        "",
+        "One token changed at a time; outputs that moved, or stayed, against the pattern:",
+    ]
+    lines += [
+        f"{row['pattern']:32} {row['layout']:11} {row['outputs_wrong']} of "
+        f"{row['tokens_changed']} changes"
+        for row in found["leaks"]
+    ]
+    lines += [
+        "",
+        f"Forward and backward of {shape['tokens']} tokens, {shape['heads']}/{shape['kv_heads']} "
+        f"heads of {shape['head_dim']}; processor seconds of all processes, and peak bytes of a "
+        "process's tensors, are beside one process's:",
+        f"{'pattern':32} {'layout':11} {'s':>7} {'predicted':>9} {'CPU s':>7} {'of one':>6} "
+        f"{'waited':>6} {'uneven':>6} {'MB sent':>8} {'counted':>8} {'peak':>5}",
+    ]
+    for row in found["costs"]:
+        sent, counted = (sum(row[key]) / 1e6 for key in ("sent_bytes", "sent_bytes_counted"))
+        lines.append(
+            f"{row['pattern']:32} {row['layout']:11} {row['seconds']:7.3f} "
+            f"{row['seconds_predicted']:9.3f} {row['cpu_seconds']:7.3f} "
+            f"{row['cpu_seconds'] / row['one_process_cpu_seconds']:6.2f} "
+            f"{row['waited_share']:6.1%} {row['imbalance']:6.1%} {sent:8.2f} {counted:8.2f} "
+            f"{row['peak_tensor_bytes'] / row['one_process_peak_tensor_bytes']:5.2f}"
+        )
+    link, device = found["machine"]["link"], found["machine"]["device"]
+    lines += [
+        "",
+        f"An exchange takes {link['latency_s'] * 1e3:.2f} ms and moves "
+        f"{link['bandwidth_bytes_per_s'] / 1e6:.0f} MB/s; {link['overlap']:.0%} of it goes on "
+        f"beside computing at {device['forward_flop_per_s'] / 1e9:.1f} GFLOP/s.",
+    ]
+    return "\n".join(lines)
 
 
 def _rows(

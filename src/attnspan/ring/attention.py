@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from functools import partial as partially
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from attnspan import partial
-from attnspan.dispatch import check_options, check_tensors
 from attnspan.kernels.merge import with_sink
 from attnspan.patterns import Causal, Pattern
 from attnspan.planner.ring import Choice, Heads
 from attnspan.ring import flow
 from attnspan.ring.choice import cheapest
-from attnspan.ring.exchange import Holding, check_layout, plan_exchange
+from attnspan.ring.exchange import plan_exchange
 from attnspan.ring.groups import transport_of
 from attnspan.ring.layout import Contiguous, Layout
 from attnspan.ring.measure import measured
-from attnspan.ring.transport import Transport
-from attnspan.ring.ulysses import Members, joined
-from attnspan.ring.ulysses import lacks as lacks_heads
-
-SCHEDULES = ("auto", "ring", "allgather", "ulysses")
-WIRES = (None, "int8")
+from attnspan.ring.options import Options, across_ranks, agree, gradients_wanted, inner_ring
+from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
+from attnspan.ring.ulysses import Members
 
 
 @dataclass(frozen=True)
@@ -172,14 +167,15 @@ def ring_attention(
         call = partially(call, scale=scale, softcap=softcap, return_lse=return_lse, impl=impl)
         call = partially(call, wire=wire, deadline=deadline, layer=layer)
         return of_dtensors(call, q, k, v, sink_logits, group)
-    transport = transport_of(group, deadline)
+    transport = transport_of(group, deadline, getattr(q, "device", None))
     transport.layer = layer
-    options = _Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
-    _agree(q, k, v, sink_logits, transport, options)
-    if options.schedule == "auto":
-        chosen = _chosen(q, k, v, transport, options).schedule
-        options = replace(options, schedule=chosen)
-    out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
+    options = Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
+    agree(q, k, v, sink_logits, transport, options)
+    with _together(transport):
+        if options.schedule == "auto":
+            chosen = _chosen(q, k, v, transport, options).schedule
+            options = replace(options, schedule=chosen)
+        out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
 
@@ -205,13 +201,13 @@ def explain(
     the planner's cost model with this group's link and rate, which are measured once. Where the
     tensors want gradients, they hold a backward too.
     """
-    transport = transport_of(group, deadline)
-    options = _Options(pattern, layout, "auto", None, None, False, "auto", None)
-    _agree(q, k, v, None, transport, options)
+    transport = transport_of(group, deadline, getattr(q, "device", None))
+    options = Options(pattern, layout, "auto", None, None, False, "auto", None)
+    agree(q, k, v, None, transport, options)
     return _chosen(q, k, v, transport, options)
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, transport: Transport, options: _Options) -> Choice:
+def _chosen(q: Tensor, k: Tensor, v: Tensor, transport: Transport, options: Options) -> Choice:
     if transport.size == 1:
         return Choice("ring", "one process has nobody to send to", (("ring", 0.0),), ())
     n = q.shape[2] * transport.size
@@ -219,129 +215,19 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, transport: Transport, options: _Opt
     heads = Heads(q.shape[1], k.shape[1], dim, q.dtype.itemsize)
     holdings = options.layout.chunks(n, transport.size)
     machine = measured(transport, q)
-    return cheapest(options.pattern, n, holdings, heads, machine, _wanted(q, k, v))
+    return cheapest(options.pattern, n, holdings, heads, machine, gradients_wanted(q, k, v))
 
 
-def _wanted(*tensors: Any) -> bool:
-    """Whether gradients will be asked for."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
-    )
-
-
-@dataclass(frozen=True)
-class _Options:
-    pattern: Pattern
-    layout: Layout
-    schedule: str
-    scale: float | None
-    softcap: float | None
-    return_lse: bool
-    impl: str
-    wire: str | None
-
-
-def _agree(
-    q: Any, k: Any, v: Any, sink_logits: Any, transport: Transport, options: _Options
-) -> None:
-    """Raises, on every rank alike, what `ring_attention` documents, before anything is sent."""
-    refused: ValueError | TypeError | None = None
+@contextmanager
+def _together(transport: Transport) -> Iterator[None]:
+    """Inside, an error of this process alone, out of memory say, is told to the others at once."""
     try:
-        _check(q, k, v, sink_logits, options, transport)
-    except (ValueError, TypeError) as error:
-        refused = error
-    if transport.size > 1:
-        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
-    if refused is not None:
-        raise refused
-
-
-def _check(
-    q: Any, k: Any, v: Any, sink_logits: Any, options: _Options, transport: Transport
-) -> None:
-    by = "ring_attention"
-    check_tensors(q, k, v, sink_logits, by)
-    check_options(
-        options.pattern, options.scale, options.softcap, None, "auto", options.return_lse, by
-    )
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"{by}: q {tuple(q.shape)} and k {tuple(k.shape)} have other lengths; shards of one "
-            "sequence, as many tokens in each, are allowed"
-        )
-    if options.impl not in partial.IMPLS:
-        raise ValueError(
-            f"{by}: impl is {options.impl!r}; one of {', '.join(partial.IMPLS)} is allowed"
-        )
-    if options.wire not in WIRES:
-        raise ValueError(f"{by}: wire is {options.wire!r}; None or 'int8' is allowed")
-    if not isinstance(options.layout, Layout):
-        raise TypeError(
-            f"{by}: layout is {options.layout!r}; Contiguous(), ZigZag() or Striped() is allowed"
-        )
-    across = _across(options.schedule, transport.size, q.shape[1], k.shape[1])
-    holdings = options.layout.chunks(q.shape[2] * transport.size, transport.size)
-    check_layout(options.pattern, holdings, by)
-    if across != transport.size:
-        _inner(holdings, across, transport.rank)
-
-
-def _across(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
-    """Over how many ranks the sequence still lies once heads are dealt out.
-
-    Raises:
-        ValueError: no schedule, or one that these heads or ranks don't allow.
-    """
-    if schedule in ("auto", "ring", "allgather"):
-        return size
-    mixed = re.fullmatch(r"(\d{1,6})x(\d{1,6})", schedule) if isinstance(schedule, str) else None
-    if schedule != "ulysses" and mixed is None:
-        raise ValueError(
-            f"ring_attention: schedule is {schedule!r}; one of {', '.join(SCHEDULES)}, or RxU such "
-            "as '2x4', is allowed"
-        )
-    across, members = (1, size) if mixed is None else (int(mixed[1]), int(mixed[2]))
-    if across * members != size:
-        raise ValueError(
-            f"ring_attention: schedule is {schedule!r} on {size} ranks; two numbers whose product "
-            f"is {size} are allowed"
-        )
-    if lack := lacks_heads(members, heads, kv_heads):
-        raise ValueError(f"ring_attention: schedule is {schedule!r} with {lack}")
-    return across
-
-
-def _facts(
-    q: Any,
-    k: Any,
-    v: Any,
-    sink_logits: Any,
-    options: _Options,
-    refused: Exception | None,
-) -> dict[str, str]:
-    facts = {
-        name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
-        if isinstance(x, Tensor)
-        else type(x).__name__
-        for name, x in (("q", q), ("k", k), ("v", v), ("sink_logits", sink_logits))
-    }
-    names = ("pattern", "layout", "schedule", "scale", "softcap", "impl", "wire")
-    facts |= {name: repr(getattr(options, name)) for name in names}
-    facts["gradients"] = "wanted" if _wanted(q, k, v, sink_logits) else "not wanted"
-    facts["arguments"] = f"that it refuses ({refused})" if refused else "that are allowed"
-    return facts
-
-
-@lru_cache(maxsize=64)
-def _inner(
-    holdings: tuple[Holding, ...], across: int, rank: int
-) -> tuple[tuple[Holding, ...], tuple[Tensor, ...], tuple[int, ...]]:
-    """Shards of the ring of a mix, where this rank's members' tokens stand in one, the members."""
-    size = len(holdings) // across
-    shards = [joined(holdings[r * size : (r + 1) * size]) for r in range(across)]
-    mine = rank // size
-    members = tuple(range(mine * size, (mine + 1) * size))
-    return tuple(holding for holding, _ in shards), shards[mine][1], members
+        yield
+    except (RingPeerLost, RingMismatch):
+        raise
+    except BaseException as error:
+        transport.leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 class _Ring(torch.autograd.Function):
@@ -355,20 +241,22 @@ class _Ring(torch.autograd.Function):
         v: Tensor,
         sink_logits: Tensor | None,
         transport: Transport,
-        options: _Options,
+        options: Options,
     ) -> tuple[Tensor, Tensor]:
         scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
         ctx.sign = float((scale > 0) - (scale < 0))
         ctx.layer = transport.layer
+        transport.calls += 1
+        ctx.call = transport.calls
         n, size = q.shape[2] * transport.size, transport.size
-        across = _across(options.schedule, size, q.shape[1], k.shape[1])
+        across = across_ranks(options.schedule, size, q.shape[1], k.shape[1])
         holdings, ranks, me = options.layout.chunks(n, size), tuple(range(size)), transport.rank
         ctx.members = None
         ctx.counts = q.shape[1], k.shape[1]
         if scale <= 0:  # which torch's kernels mask wrongly
             q, scale = (-q, -scale) if scale else (q * 0, 1.0)
         if across != size:
-            holdings, places, members = _inner(holdings, across, me)
+            holdings, places, members = inner_ring(holdings, across, me)
             ctx.members = Members(transport, members, places, *ctx.counts)
             width = size // across
             ranks = tuple(r * width + me % width for r in range(across))
@@ -400,35 +288,44 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_out, grad_lse = grads_of_results
-        q, k, v, out, lse, sinks = ctx.saved_tensors
-        ring, members = ctx.ring, ctx.members
-        ring.transport.layer = ctx.layer
-        heads, kv_heads = ctx.counts
-        if members is not None:
-            # Which gradients come is a rank's own matter; those that don't travel as zeros.
-            shape = q.shape[0], heads, len(members.places[0])
-            full_out = q.new_zeros((*shape, v.shape[3])) if grad_out is None else grad_out
-            full_lse = lse.new_zeros(shape) if grad_lse is None else grad_lse
-            grad_out, grad_lse = members.join((full_out, full_lse), "gradients")
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = flow.backward(grad_out, grad_lse, q, k, v, out, lse, ring)
-        grad_sinks = None
-        if sinks is not None:
-            pull = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            pull = pull if grad_lse is None else pull - grad_lse
-            share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-            grad_sinks = -(share * pull).sum((0, 2))
-        if members is not None:
-            grads = members.split(grads, (heads, kv_heads, kv_heads), "gradients")
-            if grad_sinks is not None:
-                whole = grad_sinks.new_zeros(heads)
-                me = members.ranks.index(ring.transport.rank)
-                whole[members.part(heads, me)] = grad_sinks
-                grad_sinks = whole
-        grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
-        grad_q = grad_q * ctx.sign
-        if sinks is not None and grad_sinks is not None:
-            grad_sinks = grad_sinks.to(sinks.dtype)
-        return grad_q, grad_k, grad_v, grad_sinks, None, None
+        transport = ctx.ring.transport
+        transport.layer = ctx.layer
+        if transport.size > 1:
+            # Autograd may have come to another call's gradients on another rank.
+            facts = {"gradients": f"{tuple(ctx.saved_tensors[0].shape)}, call {ctx.call}"}
+            transport.agree(facts, "the backward of ring_attention")
+        with _together(transport):
+            return _gradients(ctx, *grads_of_results)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, sinks = ctx.saved_tensors
+    ring, members = ctx.ring, ctx.members
+    heads, kv_heads = ctx.counts
+    if members is not None:
+        # Which gradients come is a rank's own matter; those that don't travel as zeros.
+        shape = q.shape[0], heads, len(members.places[0])
+        full_out = q.new_zeros((*shape, v.shape[3])) if grad_out is None else grad_out
+        full_lse = lse.new_zeros(shape) if grad_lse is None else grad_lse
+        grad_out, grad_lse = members.join((full_out, full_lse), "gradients")
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = flow.backward(grad_out, grad_lse, q, k, v, out, lse, ring)
+    grad_sinks = None
+    if sinks is not None:
+        pull = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        pull = pull if grad_lse is None else pull - grad_lse
+        share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        grad_sinks = -(share * pull).sum((0, 2))
+    if members is not None:
+        grads = members.split(grads, (heads, kv_heads, kv_heads), "gradients")
+        if grad_sinks is not None:
+            whole = grad_sinks.new_zeros(heads)
+            me = members.ranks.index(ring.transport.rank)
+            whole[members.part(heads, me)] = grad_sinks
+            grad_sinks = whole
+    grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
+    grad_q = grad_q * ctx.sign
+    if sinks is not None and grad_sinks is not None:
+        grad_sinks = grad_sinks.to(sinks.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks, None, None

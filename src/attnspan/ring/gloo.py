@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import PRINT, Trail, fingerprint, mismatch, record
-from .links import Links, done
-from .rollcall import RollCall, Standing, Verdict
-from .transport import Pending, RingMismatch, RingPeerLost, Transport, checked
+from attnspan.ring.agreement import PRINT, Trail, fingerprint, mismatch, record
+from attnspan.ring.links import Links, done
+from attnspan.ring.rollcall import RollCall, Standing, Verdict
+from attnspan.ring.transport import Pending, RingMismatch, RingPeerLost, Transport, checked
 
 # Seconds that all have for standing up in a roll call, at most.
 GRACE = 2.0

@@ -15,9 +15,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
-from .gloo import GlooTransport
-from .nccl import NcclTransport
-from .transport import Pending, RingMismatch, Transport, checked
+from attnspan.ring.gloo import GlooTransport
+from attnspan.ring.nccl import NcclTransport
+from attnspan.ring.transport import Pending, RingMismatch, Transport, checked
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

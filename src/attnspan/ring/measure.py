@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from attnspan.planner.links import Device, Link, Machine
 from attnspan.ring.transport import Transport
 
 _ROUNDS = 5
+_LONG = 0.1  # seconds: longer than a processor's turn where processes share it
 _SMALL = 64  # bytes
 _kept: WeakKeyDictionary[Transport, dict[tuple[torch.device, torch.dtype, int], Machine]]
 _kept = WeakKeyDictionary()
@@ -44,10 +46,10 @@ def _measure(transport: Transport, like: Tensor) -> Machine:
     attend, gradients, pairs = _work(like, 4096 if gpu else 384)
     small = _seconds(lambda: _pass_on(transport, _SMALL, like.device), like)
     alone = _seconds(lambda: _pass_on(transport, large, like.device), like)
-    forward, backward = _seconds(attend, like), _seconds(gradients, like)
-    call, few, _ = _work(like, 1)
+    transport.gather(torch.zeros(1), "before the rates")  # so that all compute at once
+    forward, backward = _mean(attend, like), _mean(gradients, like)
+    call, _, _ = _work(like, 1)
     overhead = _seconds(call, like)
-    del few
 
     def both() -> None:
         pending = _post(transport, large, like.device)
@@ -108,6 +110,17 @@ def _work(like: Tensor, n: int) -> tuple[Callable[[], object], Callable[[], obje
         return partial.backward(out, None, q, k, v, out, lse, Full(), 0, scale)
 
     return attend, gradients, heads * n * n
+
+
+def _mean(what: Callable[[], object], like: Tensor) -> float:
+    """Seconds of what needs no other rank, the turns of other processes included."""
+    rounds = max(_ROUNDS, math.ceil(_LONG / _seconds(what, like)))
+    began = time.perf_counter()
+    for _ in range(rounds):
+        what()
+    if like.device.type == "cuda":
+        torch.cuda.synchronize(like.device)
+    return (time.perf_counter() - began) / rounds
 
 
 def _seconds(what: Callable[[], object], like: Tensor) -> float:

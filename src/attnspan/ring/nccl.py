@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .gloo import GlooTransport
-from .transport import Pending, RingPeerLost, Transport, checked
+from attnspan.ring.gloo import GlooTransport
+from attnspan.ring.transport import Pending, RingPeerLost, Transport, checked
 
 
 @dataclass

@@ -67,6 +67,7 @@ class Transport(ABC):
         sent: bytes that this process handed over for others so far.
         waited: seconds that its host stood in waits so far.
         layer: the layer that errors name; None: none.
+        calls: attentions that went over it so far.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class Transport(ABC):
     sent: int = 0
     waited: float = 0.0
     layer: int | None = None
+    calls: int = 0
 
     @abstractmethod
     def exchange(

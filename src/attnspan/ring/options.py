@@ -1,0 +1,145 @@
+"""What the processes of a ring are called with: checked on each, and compared among all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnspan import partial
+from attnspan.dispatch import check_options, check_tensors
+from attnspan.patterns import Pattern
+from attnspan.ring.exchange import Holding, check_layout
+from attnspan.ring.layout import Layout
+from attnspan.ring.transport import Transport
+from attnspan.ring.ulysses import joined
+from attnspan.ring.ulysses import lacks as lacks_heads
+
+SCHEDULES = ("auto", "ring", "allgather", "ulysses")
+WIRES = (None, "int8")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call of `ring_attention` takes beside tensors; its docstring says what each is."""
+
+    pattern: Pattern
+    layout: Layout
+    schedule: str
+    scale: float | None
+    softcap: float | None
+    return_lse: bool
+    impl: str
+    wire: str | None
+
+
+def agree(q: Any, k: Any, v: Any, sink_logits: Any, transport: Transport, options: Options) -> None:
+    """Raises, on every rank alike, what `ring_attention` documents, before anything is sent."""
+    refused: ValueError | TypeError | None = None
+    try:
+        _check(q, k, v, sink_logits, options, transport)
+    except (ValueError, TypeError) as error:
+        refused = error
+    if transport.size > 1:
+        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
+    if refused is not None:
+        raise refused
+
+
+def _check(
+    q: Any, k: Any, v: Any, sink_logits: Any, options: Options, transport: Transport
+) -> None:
+    by = "ring_attention"
+    check_tensors(q, k, v, sink_logits, by)
+    check_options(
+        options.pattern, options.scale, options.softcap, None, "auto", options.return_lse, by
+    )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{by}: q {tuple(q.shape)} and k {tuple(k.shape)} have other lengths; shards of one "
+            "sequence, as many tokens in each, are allowed"
+        )
+    if options.impl not in partial.IMPLS:
+        raise ValueError(
+            f"{by}: impl is {options.impl!r}; one of {', '.join(partial.IMPLS)} is allowed"
+        )
+    if options.wire not in WIRES:
+        raise ValueError(f"{by}: wire is {options.wire!r}; None or 'int8' is allowed")
+    if not isinstance(options.layout, Layout):
+        raise TypeError(
+            f"{by}: layout is {options.layout!r}; Contiguous(), ZigZag() or Striped() is allowed"
+        )
+    across = across_ranks(options.schedule, transport.size, q.shape[1], k.shape[1])
+    holdings = options.layout.chunks(q.shape[2] * transport.size, transport.size)
+    check_layout(options.pattern, holdings, by)
+    if across != transport.size:
+        inner_ring(holdings, across, transport.rank)
+
+
+def across_ranks(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
+    """Over how many ranks the sequence still lies once heads are dealt out.
+
+    Raises:
+        ValueError: no schedule, or one that these heads or ranks don't allow.
+    """
+    if schedule in ("auto", "ring", "allgather"):
+        return size
+    mixed = re.fullmatch(r"(\d{1,6})x(\d{1,6})", schedule) if isinstance(schedule, str) else None
+    if schedule != "ulysses" and mixed is None:
+        raise ValueError(
+            f"ring_attention: schedule is {schedule!r}; one of {', '.join(SCHEDULES)}, or RxU such "
+            "as '2x4', is allowed"
+        )
+    across, members = (1, size) if mixed is None else (int(mixed[1]), int(mixed[2]))
+    if across * members != size:
+        raise ValueError(
+            f"ring_attention: schedule is {schedule!r} on {size} ranks; two numbers whose product "
+            f"is {size} are allowed"
+        )
+    if lack := lacks_heads(members, heads, kv_heads):
+        raise ValueError(f"ring_attention: schedule is {schedule!r} with {lack}")
+    return across
+
+
+@lru_cache(maxsize=64)
+def inner_ring(
+    holdings: tuple[Holding, ...], across: int, rank: int
+) -> tuple[tuple[Holding, ...], tuple[Tensor, ...], tuple[int, ...]]:
+    """Shards of the ring of a mix, where this rank's members' tokens stand in one, the members."""
+    size = len(holdings) // across
+    shards = [joined(holdings[r * size : (r + 1) * size]) for r in range(across)]
+    mine = rank // size
+    members = tuple(range(mine * size, (mine + 1) * size))
+    return tuple(holding for holding, _ in shards), shards[mine][1], members
+
+
+def _facts(
+    q: Any,
+    k: Any,
+    v: Any,
+    sink_logits: Any,
+    options: Options,
+    refused: Exception | None,
+) -> dict[str, str]:
+    facts = {
+        name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+        if isinstance(x, Tensor)
+        else type(x).__name__
+        for name, x in (("q", q), ("k", k), ("v", v), ("sink_logits", sink_logits))
+    }
+    names = ("pattern", "layout", "schedule", "scale", "softcap", "impl", "wire")
+    facts |= {name: repr(getattr(options, name)) for name in names}
+    facts["gradients"] = "wanted" if gradients_wanted(q, k, v, sink_logits) else "not wanted"
+    facts["arguments"] = f"that it refuses ({refused})" if refused else "that are allowed"
+    return facts
+
+
+def gradients_wanted(*tensors: Any) -> bool:
+    """Whether gradients will be asked for."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in tensors
+    )
