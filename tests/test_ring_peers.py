@@ -23,9 +23,7 @@ def test_the_stand_in_is_attention(pattern: Pattern, window: tuple[int, int]) ->
     common = (0.0, 0.5, True, *window, 0.0, None, False)
     out, lse, _, _ = flash._flash_attn_varlen_forward(q, k, v, ends, ends, 11, 11, *common)
     found = [torch.empty_like(x) for x in (q, k, v)]
-    flash._flash_attn_varlen_backward(
-        dout, q, k, v, out, lse, *found, ends, ends, 11, 11, *common
-    )
+    flash._flash_attn_varlen_backward(dout, q, k, v, out, lse, *found, ends, ends, 11, 11, *common)
     # The log-sum-exp is float32, as FlashAttention's.
     for a, b in zip((out, *found), (exact, *grads), strict=True):
         torch.testing.assert_close(a, b[0].detach().transpose(0, 1), atol=1e-5, rtol=1e-5)
