@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, write
+from record import RESULTS, version, write
 from ring_peers import PEERS, SINKS, WINDOW
 from ring_worker import SHAPE, VICTIM
 
@@ -157,10 +157,40 @@ def after(row: dict[str, Any]) -> str:
     return "; ".join(f"rank {', '.join(map(str, who))}: {text}" for text, who in texts.items())
 
 
+def summary(rows: list[dict[str, Any]], broken: list[dict[str, Any]]) -> list[str]:
+    """A row for each peer: what holds, in bfloat16 over the most processes."""
+    names = "peer", "exact", "wrong", "window's error", "here on CPUs", "backward"
+    names += "KiB sent for a window, forward", "kill -9", "SIGSTOP"
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for peer in PEERS:
+        own = {
+            row["pattern"]: row
+            for row in rows
+            if (row["processes"], row["dtype"], row["peer"]) == (SIZES[-1], "bfloat16", peer.name)
+        }
+        ran = {name: cell(row) for name, row in own.items() if "error" in row}
+        bad = [name for name, text in ran.items() if "wrong" in text]
+        window = own["window"]
+        took = f"{window['sent']['forward'] / 1024:.1f}" if "sent" in window else "-"
+        error = f"{window['error']['forward']:.2g}" if "error" in window else "refused"
+        back = any("gradients" in row.get("error", {}) for row in own.values())
+        seen = {
+            row["how"]: after(row)
+            for row in broken
+            if row["peer"] == peer.name and row["timeout"] is None and not row["survivors_exit"]
+        }
+        cpu = "yes" if peer.over == "its own" else "its exchange alone"
+        cells = peer.name, ", ".join(n for n in ran if n not in bad) or "-", ", ".join(bad) or "-"
+        cells += error, cpu if ran else "raises", "yes" if back else "raises" if ran else "-", took
+        cells += seen.get("kill", "not tried"), seen.get("stop", "not tried")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def tables(rows: list[dict[str, Any]], broken: list[dict[str, Any]]) -> str:
     size, names = SIZES[-1], list(dict.fromkeys(row["pattern"] for row in rows))
     at = {(r["processes"], r["dtype"], r["peer"], r["pattern"]): r for r in rows}
-    lines = []
+    lines = summary(rows, broken)
     for title, show in (("errors", cell), ("KiB a rank sends", sent)):
         lines += [
             f"| {title} | computed by | {' | '.join(names)} |",
@@ -188,6 +218,7 @@ if __name__ == "__main__":
             "shape": {**asdict(SHAPE), "window": WINDOW, "sinks": SINKS},
             "rows": rows,
             "faults": broken,
+            "ring_flash_attn": version("ring-flash-attn"),
             "published": PUBLISHED,
         },
     )

@@ -68,7 +68,7 @@ def torch_sdpa(pattern: Pattern, n: int) -> tuple[Layout, Attend]:
     from torch.distributed.tensor.experimental import context_parallel
 
     if not isinstance(pattern, Causal):
-        raise Lacking("scaled_dot_product_attention has no such argument; of masks it takes none")
+        raise Lacking("SDPA has no such argument, and its handlers take no mask")
     mesh = _mesh()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def torch_flex(pattern: Pattern, n: int) -> tuple[Layout, Attend]:
 def torch_ring(pattern: Pattern, n: int) -> tuple[Layout, Attend]:
     """What `context_parallel` runs under SDPA on a GPU: its ring, by torch's private functions."""
     if not isinstance(pattern, Causal):
-        raise Lacking("its ring takes causal or nothing")
+        raise Lacking("it takes causal or no mask")
     return ZigZag(), lambda q, k, v: _TorchRing.apply(q, k, v)  # type: ignore[return-value]
 
 

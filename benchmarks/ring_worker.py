@@ -30,6 +30,7 @@ from torch import Tensor
 from attnspan.kernels.reference import reference
 from attnspan.patterns import Causal, Pattern
 from attnspan.ring.check import Shape, counted_bytes
+from attnspan.ring.groups import transport_of
 
 SHAPE = Shape(tokens=1024, heads=4, kv_heads=2, head_dim=32)
 VICTIM, WARM = 1, 3
@@ -106,10 +107,14 @@ def row(peer: Peer, pattern: Pattern, whole: list[Tensor], exact: list[Tensor]) 
         return {**found, "refused": f"{type(error).__name__}: {error}"}
     try:
         before = acknowledged()
+        handed = transport_of().sent
         results = solved(given, attend)
     except (NotImplementedError, RuntimeError) as error:
         return {**found, "backward_refused": f"{type(error).__name__}: {error}"}
     found["sent"]["both"] = acknowledged() - before
+    if peer.name == "attnspan":
+        # Without the headers and agreements that the sockets count.
+        found["sent"]["keys, values and gradients"] = transport_of().sent - handed
     apart = [_apart(a, b) for a, b in zip(results[1:], right[1:], strict=True)]
     found["error"]["gradients"] = max(apart)
     return found
