@@ -27,7 +27,7 @@ def device() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def write(name: Path, results: dict[str, Any]) -> Path:
     meta = {
         "device": device(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
