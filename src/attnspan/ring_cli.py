@@ -132,9 +132,11 @@ def check(
     """
     import subprocess
     import tempfile
+    from datetime import date
     from json import loads
     from pathlib import Path
 
+    from attnspan.bench import machine as about_machine
     from attnspan.evaluation.files import check_file, to_json, write_file
 
     for name, value, least in (
@@ -173,7 +175,8 @@ def check(
         if done.returncode or not out.exists():
             sys.stderr.write(f"{done.stderr[-4000:]}\nattnspan: ring check: a process failed\n")
             raise typer.Exit(1)
-        found = loads(out.read_text())
+        about = {**about_machine(), "date": date.today().isoformat()}
+        found = {"meta": about, **loads(out.read_text())}
     if json == "-":
         sys.stdout.write(to_json(found))
         return
