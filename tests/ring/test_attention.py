@@ -21,7 +21,8 @@ from attnspan.patterns import (
     Strided,
 )
 from attnspan.ring import Contiguous, RingMismatch, Striped, ZigZag, flow
-from attnspan.ring.exchange import plan_exchange
+from attnspan.ring.groups import Alone
+from attnspan.ring.options import task_of
 from attnspan.ring.simulated import simulate
 from attnspan.testing import assert_accurate
 
@@ -194,10 +195,12 @@ def _short(exchange):
 def test_a_wrong_plan_is_seen(monkeypatch, mutation) -> None:
     pattern = SlidingWindow(7)
     given = oracle.problem(pattern)
-    monkeypatch.setattr(
-        "attnspan.ring.attention.plan_exchange",
-        lambda *arguments: mutation(plan_exchange(*arguments)),
-    )
+
+    def mutated(*arguments):
+        planned = task_of(*arguments)
+        return replace(planned, exchange=mutation(planned.exchange))
+
+    monkeypatch.setattr("attnspan.ring.attention.task_of", mutated)
     got, _ = oracle.ringed(given, pattern, Contiguous(), 4, "ring")
     with pytest.raises(AssertionError, match="error"):
         oracle.check(got, given, 4)
@@ -259,6 +262,10 @@ def test_ranks_that_differ_are_refused_alike(differing, words) -> None:
         (3, {"schedule": "ulysses"}, ValueError, "4 query heads on 3 ranks"),
         (2, {"wire": "int3"}, ValueError, "wire is 'int3'; None or 'int8'"),
         (2, {"impl": "fa4"}, ValueError, "impl is 'fa4'; one of auto, reference"),
+        (2, {"impl": "hopper"}, ValueError, "ring_attention: impl is 'hopper'; .* 'reference' can"),
+        (2, {"n": 0}, ValueError, r"q \(1, 4, 0, 4\) has no tokens"),
+        (2, {"wire": "int8", "schedule": "ulysses"}, ValueError, "wire is 'int8' with schedule"),
+        (2, {"wire": "int8", "layout": Striped()}, ValueError, "wire is 'int8' with layout"),
         (2, {"layout": "zigzag"}, TypeError, "layout is 'zigzag'; Contiguous"),
         (2, {"scale": float("nan")}, ValueError, "ring_attention: scale is nan"),
         (2, {"pattern": "Causal()"}, TypeError, "ring_attention: pattern is"),
@@ -304,3 +311,93 @@ def test_half_precision_is_held_to_its_digits() -> None:
     got, _ = oracle.ringed(given, Causal(), ZigZag(), 2, "ring", scale=8**-0.5 * 1.001)
     with pytest.raises(AssertionError):
         assert_accurate(got[0], given.low[0], given.exact[0], given.sizes[0], torch.float32, "out")
+
+
+@pytest.mark.parametrize("schedule", ["ulysses", "2x2"])
+def test_odd_counts_of_sixteen_bits_travel_with_float32(schedule) -> None:
+    given = oracle.problem(Causal(), 36, (4, 2), torch.bfloat16, head_dim=5)
+    got, _ = oracle.ringed(given, Causal(), Contiguous(), 4, schedule)
+    oracle.check(got, given, 4)
+
+
+def test_gradients_of_a_sum_are_expanded_tensors() -> None:
+    def work(t, schedule):
+        q, k, v = torch.randn(3, 1, 2, 1, 1, generator=torch.Generator().manual_seed(t.rank))
+        q.requires_grad_()
+        ring_attention(q, k, v, group=t, schedule=schedule).sum().backward()
+        return q.grad
+
+    one, other = (simulate(2, lambda t, s=s: work(t, s)) for s in ("ring", "ulysses"))
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_checkpointed_region_may_end_in_it() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def work(t):
+        grads = []
+        for checkpointed in (False, True):
+            torch.manual_seed(t.rank)
+            q, k, v = torch.randn(3, 1, 2, 8, 4, dtype=torch.float64).requires_grad_()
+            leaf = q.detach().requires_grad_()
+
+            def attend(x, k=k, v=v):
+                return ring_attention(x * 2, k.detach(), v.detach(), group=t)
+
+            out = checkpoint(attend, leaf, use_reentrant=False) if checkpointed else attend(leaf)
+            out.square().sum().backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+
+    simulate(2, work)
+
+
+def test_compiled_it_runs_as_it_is() -> None:
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+
+    @torch.compile(backend="eager")
+    def step(q, k, v):
+        return ring_attention(q + 1, k, v, group=Alone()) * 2
+
+    assert torch.equal(step(q, k, v), ring_attention(q + 1, k, v, group=Alone()) * 2)
+
+
+def test_int8_tells_nothing_of_later_tokens() -> None:
+    whole = torch.randn(3, 1, 2, 64, 8)
+
+    def outputs(values):
+        def work(t):
+            q, k, v = ZigZag().shard(values, 3, t.rank, t.size)
+            given = {"group": t, "layout": ZigZag(), "schedule": "ring", "wire": "int8"}
+            return ring_attention(q, k, v, Causal(), **given)
+
+        return ZigZag().unshard(simulate(2, work), 2)
+
+    changed = whole.clone()
+    changed[1:, :, :, -1] *= 50
+    assert torch.equal(outputs(changed)[:, :, :-1], outputs(whole)[:, :, :-1])
+
+
+def test_a_sink_of_minus_infinity_has_no_gradient() -> None:
+    def work(t):
+        q, k, v = torch.randn(3, 1, 2, 4, 4)
+        sinks = torch.full((2,), -torch.inf, requires_grad=True)
+        pattern = SlidingWindow(2, include_self=False)  # whose first query sees nothing
+        ring_attention(q, k, v, pattern, group=t, sink_logits=sinks).sum().backward()
+        return sinks.grad
+
+    for grad in simulate(2, work):
+        assert torch.equal(grad, torch.zeros(2))
+
+
+def test_measuring_leaves_the_users_random_numbers_alone() -> None:
+    def work(t):
+        x = torch.randn(3, 1, 2, 8, 4)
+        before = torch.get_rng_state()
+        ring_attention(*x, group=t, schedule="auto")
+        return torch.equal(before, torch.get_rng_state()), t.sent
+
+    (alike, _), (_, sent) = simulate(2, work)
+    assert alike
+    assert sent < 2**12

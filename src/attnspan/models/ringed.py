@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from attnspan.models.anatomy import refuse_unknown, text_config
+from attnspan.models.anatomy import device_of, refuse_unknown, text_config
 from attnspan.models.interface import Carrier, Interface, Refused, restore_forward
 from attnspan.models.patterned import Patterns, cast, per_layer
 from attnspan.models.ring_probe import Found, ending_at, examine, rotary
 from attnspan.patterns import Documents, Pattern
 from attnspan.patterns.atoms import Distance, Segments, Stride, atoms
 from attnspan.patterns.tiles import pairs
-from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring.attention import ring_attention
 from attnspan.ring.groups import transport_of
-from attnspan.ring.layout import Contiguous, Layout, ZigZag
+from attnspan.ring.layout import Contiguous, Layout, Ring, ZigZag
 from attnspan.ring.transport import RingMismatch, Transport
 
 Rows = tuple[tuple[int, ...], ...]
@@ -97,7 +97,7 @@ def ringed(model: nn.Module, pattern: Patterns | None, ring: Any) -> Iterator[nn
             "of one dimension is allowed"
         )
     given = ring if isinstance(ring, Ring) else Ring(group=ring)
-    transport = transport_of(given.group, given.deadline)
+    transport = transport_of(given.group, given.deadline, device_of(model))
     interface = Interface(model)
     facts: dict[str, str] = {}
     error, run, found = None, None, None

@@ -60,8 +60,8 @@ class Work:
         """What the ring does, round by round.
 
         Round 0 is a rank's own shard. In step t rank r receives from rank r - t. Steps in which
-        nobody needs anything vanish, and steps are joined into a round while no rank receives more
-        than a shard's keys in it. All ranks wait for the slowest in each round.
+        nobody needs anything vanish, and steps are joined into a round while no rank receives or
+        sends more than a shard's keys in it. All ranks wait for the slowest in each round.
         """
         ranks = np.arange(self.size)
         none = np.zeros(self.size, np.int64)
@@ -72,11 +72,13 @@ class Work:
             more = self.needs[ranks, other]
             if not more.any():
                 continue
-            if received.any() and int((received + more).max()) > self.shard:
+            gone = self.needs[ranks - self.size + step, ranks]
+            most = max(int((received + more).max()), int((sent + gone).max()))
+            if received.any() and most > self.shard:
                 rounds.append(_round(pairs, received, sent))
                 pairs = received = sent = none
             pairs, received = pairs + self.pairs[ranks, other], received + more
-            sent = sent + self.needs[ranks - self.size + step, ranks]
+            sent = sent + gone
         if received.any():
             rounds.append(_round(pairs, received, sent))
         return tuple(rounds)

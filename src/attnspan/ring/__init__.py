@@ -1,9 +1,9 @@
 """One sequence over many processes."""
 
-from attnspan.ring.attention import Ring, explain, ring_attention
+from attnspan.ring.attention import explain, ring_attention
 from attnspan.ring.decode import ring_decode
 from attnspan.ring.groups import init
-from attnspan.ring.layout import Contiguous, Layout, Striped, ZigZag
+from attnspan.ring.layout import Contiguous, Layout, Ring, Striped, ZigZag
 from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
 
 __all__ = [

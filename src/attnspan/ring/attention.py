@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial as partially
 from typing import Any, Literal, overload
 
@@ -17,36 +15,12 @@ from attnspan.patterns import Causal, Pattern
 from attnspan.planner.ring import Choice, Heads
 from attnspan.ring import flow
 from attnspan.ring.choice import cheapest
-from attnspan.ring.exchange import plan_exchange
 from attnspan.ring.groups import transport_of
 from attnspan.ring.layout import Contiguous, Layout
 from attnspan.ring.measure import measured
-from attnspan.ring.options import Options, across_ranks, agree, gradients_wanted, inner_ring
-from attnspan.ring.transport import RingMismatch, RingPeerLost, Transport
+from attnspan.ring.options import Options, agree, gradients_wanted, task_of
+from attnspan.ring.transport import Transport, together
 from attnspan.ring.ulysses import Members
-
-
-@dataclass(frozen=True)
-class Ring:
-    """A group of processes and how a sequence lies over them.
-
-    Attributes:
-        group: as in `ring_attention`, with layout, schedule, wire and deadline.
-        layout: see group.
-        schedule: see group.
-        wire: see group.
-        deadline: see group.
-    """
-
-    group: Any = None
-    layout: Layout = Contiguous()
-    schedule: str = "auto"
-    wire: str | None = None
-    deadline: float = 10.0
-
-    def options(self) -> dict[str, Any]:
-        """As keyword arguments of `ring_attention`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @overload
@@ -65,7 +39,7 @@ def ring_attention(
     return_lse: Literal[False] = ...,
     impl: str = ...,
     wire: str | None = ...,
-    deadline: float = ...,
+    deadline: float | None = ...,
     layer: int | None = ...,
 ) -> Tensor: ...
 @overload
@@ -84,7 +58,7 @@ def ring_attention(
     return_lse: Literal[True],
     impl: str = ...,
     wire: str | None = ...,
-    deadline: float = ...,
+    deadline: float | None = ...,
     layer: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def ring_attention(
@@ -102,7 +76,7 @@ def ring_attention(
     return_lse: bool = False,
     impl: str = "auto",
     wire: str | None = None,
-    deadline: float = 10.0,
+    deadline: float | None = None,
     layer: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of one sequence whose tokens lie over the processes of a group; differentiable.
@@ -135,7 +109,8 @@ def ring_attention(
         impl: what computes each part: "auto", "reference", "native", "cpu", "hopper" or "triton".
         wire: None: keys and values travel as they are. "int8": as codes of 8 bits, made once at
             their source; approximate, as is then the result.
-        deadline: seconds that a process waits for another before it takes it for lost.
+        deadline: seconds that a process waits for another before it takes it for lost; they hold
+            for the group until others are given. None leaves them: 10 at first.
         layer: what errors name.
 
     Returns:
@@ -160,6 +135,13 @@ def ring_attention(
     >>> torch.allclose(layout.unshard(simulate(2, work), 2), attention(*whole), atol=1e-6)
     True
     """
+    if torch.compiler.is_compiling():
+        # Exchanges are the host's business: the call breaks the graph, and runs as it is.
+        eager: Any = torch.compiler.disable(ring_attention)
+        call = partially(eager, group=group, layout=layout, schedule=schedule, scale=scale)
+        call = partially(call, softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
+        call = partially(call, impl=impl, wire=wire, deadline=deadline, layer=layer)
+        return call(q, k, v, pattern)
     if any(map(_is_dtensor, (q, k, v))):
         from attnspan.ring.dtensor import of_dtensors
 
@@ -171,11 +153,11 @@ def ring_attention(
     transport.layer = layer
     options = Options(pattern, layout, schedule, scale, softcap, return_lse, impl, wire)
     agree(q, k, v, sink_logits, transport, options)
-    with _together(transport):
-        if options.schedule == "auto":
+    if options.schedule == "auto":
+        with together(transport):
             chosen = _chosen(q, k, v, transport, options).schedule
-            options = replace(options, schedule=chosen)
-        out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
+        options = replace(options, schedule=chosen)
+    out, lse = _Ring.apply(q, k, v, sink_logits, transport, options)  # type: ignore[misc]
     return (out, lse) if return_lse else out
 
 
@@ -193,16 +175,17 @@ def explain(
     *,
     group: Any = None,
     layout: Layout = Contiguous(),
-    deadline: float = 10.0,
+    wire: str | None = None,
+    deadline: float | None = None,
 ) -> Choice:
     """Which schedule `ring_attention` takes by itself, and why: seconds of each, predicted.
 
-    Collective, as `ring_attention`, whose arguments it takes; raises as it. The seconds come from
+    Collective, as `ring_attention`, whose arguments these are; raises as it. The seconds come from
     the planner's cost model with this group's link and rate, which are measured once. Where the
-    tensors want gradients, they hold a backward too.
+    tensors want gradients, they hold a backward too. Of DTensors it takes `to_local()`.
     """
     transport = transport_of(group, deadline, getattr(q, "device", None))
-    options = Options(pattern, layout, "auto", None, None, False, "auto", None)
+    options = Options(pattern, layout, "auto", None, None, False, "auto", wire)
     agree(q, k, v, None, transport, options)
     return _chosen(q, k, v, transport, options)
 
@@ -212,22 +195,13 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, transport: Transport, options: Opti
         return Choice("ring", "one process has nobody to send to", (("ring", 0.0),), ())
     n = q.shape[2] * transport.size
     dim = (q.shape[3] + v.shape[3]) // 2
-    heads = Heads(q.shape[1], k.shape[1], dim, q.dtype.itemsize)
+    coded = options.wire is not None
+    heads = Heads(q.shape[1], k.shape[1], dim, 1 if coded else q.dtype.itemsize)
     holdings = options.layout.chunks(n, transport.size)
     machine = measured(transport, q)
-    return cheapest(options.pattern, n, holdings, heads, machine, gradients_wanted(q, k, v))
-
-
-@contextmanager
-def _together(transport: Transport) -> Iterator[None]:
-    """Inside, an error of this process alone, out of memory say, is told to the others at once."""
-    try:
-        yield
-    except (RingPeerLost, RingMismatch):
-        raise
-    except BaseException as error:
-        transport.leave(f"{type(error).__name__}: {error}")
-        raise
+    wanted = gradients_wanted(q, k, v)
+    among = ("ring", "allgather") if coded else None
+    return cheapest(options.pattern, n, holdings, heads, machine, wanted, among)
 
 
 class _Ring(torch.autograd.Function):
@@ -243,47 +217,9 @@ class _Ring(torch.autograd.Function):
         transport: Transport,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
-        scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
-        ctx.sign = float((scale > 0) - (scale < 0))
-        ctx.layer = transport.layer
-        transport.calls += 1
-        ctx.call = transport.calls
-        n, size = q.shape[2] * transport.size, transport.size
-        across = across_ranks(options.schedule, size, q.shape[1], k.shape[1])
-        holdings, ranks, me = options.layout.chunks(n, size), tuple(range(size)), transport.rank
-        ctx.members = None
-        ctx.counts = q.shape[1], k.shape[1]
-        if scale <= 0:  # which torch's kernels mask wrongly
-            q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-        if across != size:
-            holdings, places, members = inner_ring(holdings, across, me)
-            ctx.members = Members(transport, members, places, *ctx.counts)
-            width = size // across
-            ranks = tuple(r * width + me % width for r in range(across))
-            me //= width
-            q, k, v = ctx.members.join((q, k, v), "heads and tokens")
-        kind: Any = "allgather" if options.schedule == "allgather" else "ring"
-        exchange = plan_exchange(options.pattern, n, holdings, me, kind)
-        ring = flow.Ring(
-            transport, ranks, exchange, scale, options.softcap, options.impl, options.wire
-        )
-        wide_out, lse = flow.forward(q, k, v, ring)
-        sinks = sink_logits
-        if sinks is not None:
-            if ctx.members is not None:
-                own = ctx.members.part(ctx.counts[0], ctx.members.ranks.index(transport.rank))
-                sinks = sinks[own]
-            wide_out, lse = with_sink(wide_out, lse, sinks)
-        out = wide_out.to(q.dtype)
-        del wide_out
-        ctx.ring = ring
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.set_materialize_grads(False)
-        if ctx.members is None:
-            return out, lse
-        heads = ctx.counts[0]
-        given_out, given_lse = ctx.members.split((out, lse), (heads, heads), "results")
-        return given_out, given_lse
+        # Not around `apply`: where a checkpointed region ends, torch stops it by an exception.
+        with together(transport):
+            return _forward(ctx, q, k, v, sink_logits, transport, options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -292,10 +228,61 @@ class _Ring(torch.autograd.Function):
         transport.layer = ctx.layer
         if transport.size > 1:
             # Autograd may have come to another call's gradients on another rank.
-            facts = {"gradients": f"{tuple(ctx.saved_tensors[0].shape)}, call {ctx.call}"}
+            facts = {"gradients": f"those of call {ctx.call}"}
             transport.agree(facts, "the backward of ring_attention")
-        with _together(transport):
+        with together(transport):
             return _gradients(ctx, *grads_of_results)
+
+
+def _forward(
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    transport: Transport,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    scale = q.shape[3] ** -0.5 if options.scale is None else float(options.scale)
+    ctx.sign = float((scale > 0) - (scale < 0))
+    ctx.layer = transport.layer
+    transport.calls += 1
+    ctx.call = transport.calls
+    planned = task_of(options, q.shape, k.shape, transport)
+    ctx.members = None
+    ctx.counts = q.shape[1], k.shape[1]
+    if scale <= 0:  # which torch's kernels mask wrongly
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    if planned.members is not None:
+        ctx.members = Members(transport, planned.members, planned.places)
+        q, k, v = ctx.members.join((q, k, v), "heads and tokens")
+    ring = flow.Task(
+        transport,
+        planned.ranks,
+        planned.exchange,
+        scale,
+        options.softcap,
+        options.impl,
+        options.wire,
+    )
+    wide_out, lse = flow.forward(q, k, v, ring)
+    sinks = sink_logits
+    if sinks is not None:
+        if ctx.members is not None:
+            own = ctx.members.part(ctx.counts[0], ctx.members.ranks.index(transport.rank))
+            sinks = sinks[own]
+        wide_out, lse = with_sink(wide_out, lse, sinks)
+    out = wide_out.to(q.dtype)
+    del wide_out
+    ctx.ring = ring
+    ctx.save_for_backward(q, k, v, out, lse, sinks)
+    ctx.set_materialize_grads(False)
+    if ctx.members is None:
+        return out, lse
+    heads = ctx.counts[0]
+    # Float32 first: what lies behind an odd number of 16-bit elements can't be read as such.
+    given_lse, given_out = ctx.members.split((lse, out), (heads, heads), "results")
+    return given_out, given_lse
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -307,7 +294,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
         shape = q.shape[0], heads, len(members.places[0])
         full_out = q.new_zeros((*shape, v.shape[3])) if grad_out is None else grad_out
         full_lse = lse.new_zeros(shape) if grad_lse is None else grad_lse
-        grad_out, grad_lse = members.join((full_out, full_lse), "gradients")
+        grad_lse, grad_out = members.join((full_lse, full_out), "gradients")
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = flow.backward(grad_out, grad_lse, q, k, v, out, lse, ring)
@@ -315,7 +302,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
     if sinks is not None:
         pull = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         pull = pull if grad_lse is None else pull - grad_lse
-        share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        share = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0)
         grad_sinks = -(share * pull).sum((0, 2))
     if members is not None:
         grads = members.split(grads, (heads, kv_heads, kv_heads), "gradients")
@@ -325,7 +312,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
             whole[members.part(heads, me)] = grad_sinks
             grad_sinks = whole
     grad_q, grad_k, grad_v = (x.to(q.dtype) for x in grads)
-    grad_q = grad_q * ctx.sign
+    grad_q = grad_q if ctx.sign == 1 else grad_q * ctx.sign
     if sinks is not None and grad_sinks is not None:
         grad_sinks = grad_sinks.to(sinks.dtype)
     return grad_q, grad_k, grad_v, grad_sinks, None, None

@@ -22,7 +22,7 @@ from attnspan.cache.ring import RingLane
 from attnspan.kernels.view import KVView, Part, RawPart
 from attnspan.policies.base import Policy
 from attnspan.ring.decode import digest, merge_shares
-from attnspan.ring.transport import Transport
+from attnspan.ring.transport import Transport, together
 from attnspan.views import attend_share
 
 
@@ -41,9 +41,10 @@ class SharedLane(RingLane):
         return "its keys and values lie on a ring, whose exchanges the host makes"
 
     def _attend(self, parts: tuple[Part | RawPart, ...], call: Call) -> Tensor:
-        out, lse = attend_share(KVView(parts), scale=call.scale, softcap=call.softcap)
         self.transport.layer = self.layer
-        out, _ = merge_shares(self.transport, out, lse, call.sink_logits, "merge of shares")
+        with together(self.transport):
+            out, lse = attend_share(KVView(parts), scale=call.scale, softcap=call.softcap)
+            out, _ = merge_shares(self.transport, out, lse, call.sink_logits, "merge of shares")
         return out.to(parts[0].query.dtype)
 
     def staging_bytes(self, chunk: int, on_cpu: bool = True) -> int:

@@ -22,6 +22,7 @@ def cheapest(
     heads: Heads,
     machine: Machine,
     backward: bool,
+    among: tuple[str, ...] | None = None,
 ) -> Choice:
     """The schedule that takes the fewest seconds for a layer; the same on all ranks."""
     size = len(holdings)
@@ -31,7 +32,7 @@ def cheapest(
         shards = tuple(joined(holdings[r * width : (r + 1) * width])[0] for r in range(across))
         return work_of(pattern, n, shards if width > 1 else holdings)
 
-    return choose(of, size, heads, machine, backward)
+    return choose(of, size, heads, machine, backward, among)
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from attnspan.kernels.merge import merge, with_sink
 from attnspan.kernels.view import KVView, Part
 from attnspan.patterns import Full, Pattern
 from attnspan.ring.groups import transport_of
-from attnspan.ring.transport import Transport
+from attnspan.ring.transport import Transport, together
 from attnspan.views import attend_share
 
 
@@ -58,7 +58,7 @@ def ring_decode(
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
     agreed: bool = False,
-    deadline: float = 10.0,
+    deadline: float | None = None,
     layer: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of a few queries over keys and values that are spread over a ring.
@@ -106,7 +106,9 @@ def ring_decode(
     refused: ValueError | TypeError | None = None
     try:
         check_tensors(q, k, v, sink_logits, "ring_decode")
-        check_options(pattern or Full(), scale, softcap, q_offset or 0, by="ring_decode")
+        check_options(
+            Full() if pattern is None else pattern, scale, softcap, q_offset or 0, by="ring_decode"
+        )
         _check(q, k, v, pattern, positions, q_offset)
     except (ValueError, TypeError) as error:
         refused = error
@@ -124,7 +126,7 @@ def ring_decode(
         transport.agree(facts, "ring_decode")
     if refused is not None:
         raise refused
-    with torch.no_grad():
+    with together(transport), torch.no_grad():
         mask = None
         if pattern is not None and positions is not None and q_offset is not None:
             at = torch.arange(q_offset, q_offset + q.shape[2], device=q.device)

@@ -86,7 +86,7 @@ class Exchange:
     Attributes:
         local: what it computes of its own shard; `receives` are its own chunks.
         rounds: the exchanges, the same number on all ranks.
-        largest: the most tokens that any rank receives in a round.
+        largest: the most tokens that any rank receives, or sends, in a round.
     """
 
     local: Round
@@ -204,12 +204,15 @@ def _pieces(source: int, holding: Holding, held: NDArray[np.bool_]) -> list[Piec
 
 
 def _tokens(needs: tuple[tuple[tuple[Piece, ...], ...], ...], steps: Sequence[int]) -> int:
-    """The most tokens that any rank receives in these steps."""
+    """The most tokens that any rank receives, or sends, in these steps."""
     world = len(needs)
-    return max(
-        sum(piece.tokens for t in steps for piece in needs[rank][(rank - t) % world])
-        for rank in range(world)
-    )
+    ways = [(rank, (rank - t) % world) for t in steps for rank in range(world)]
+    came, went = [0] * world, [0] * world
+    for rank, source in ways:
+        tokens = sum(piece.tokens for piece in needs[rank][source])
+        came[rank] += tokens
+        went[source] += tokens
+    return max(*came, *went)
 
 
 def _grouped(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from attnspan import partial
 from attnspan.ring.exchange import Exchange, Piece, Round
 from attnspan.ring.transport import Pending, Transport
-from attnspan.ring.wire import Int8, Pair, Plain, Wire
+from attnspan.ring.wire import Int8, Pair, Plain, Wire, as_bytes
 
-Sources = tuple[tuple[int, tuple[Piece, ...]], ...]
+Sources = Sequence[tuple[int, tuple[Piece, ...]]]
 
 
 @dataclass(frozen=True)
-class Ring:
+class Task:
     """What the attention of one rank takes beside its tensors.
 
     Attributes:
@@ -50,13 +50,13 @@ class _Arrived:
     pairs: list[Pair]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """`out (batch, Hq, n, value_dim)` and `lse (batch, Hq, n)`, both in float32 or float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    for here in _flow(k, v, ring, "keys and values", behind=False):
+    for here in _flow(k, v, task, "keys and values", behind=False):
         heads = slice(here.heads.start * group, here.heads.stop * group)
         for call in here.round.calls:
             rows = slice(call.start, call.stop)
@@ -65,9 +65,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor
                 *here.pairs[call.piece],
                 call.pattern,
                 call.q_offset,
-                ring.scale,
-                ring.softcap,
-                ring.impl,
+                task.scale,
+                task.softcap,
+                task.impl,
             )
             partial.join(out[:, heads, rows], lse[:, heads, rows], part, part_lse.to(wide))
         del here  # whose buffers would else live on while the next ones come
@@ -82,7 +82,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    ring: Ring,
+    task: Task,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the shard's q, k and v, in float32 or float64.
 
@@ -92,8 +92,8 @@ def backward(
     wide = lse.dtype
     group = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    returns = _Returns(ring, Plain(grad_k, grad_v))
-    for here in _flow(k, v, ring, "keys and values, for gradients", behind=True):
+    returns = _Returns(task, Plain(grad_k, grad_v))
+    for here in _flow(k, v, task, "keys and values, for gradients", behind=True):
         heads = slice(here.heads.start * group, here.heads.stop * group)
         owed, buffers = returns.owed(here)
         for call in here.round.calls:
@@ -107,9 +107,9 @@ def backward(
                 lse[:, heads, rows],
                 call.pattern,
                 call.q_offset,
-                ring.scale,
-                ring.softcap,
-                ring.impl,
+                task.scale,
+                task.softcap,
+                task.impl,
             )
             into = grad_q[:, heads, rows], *owed[call.piece]
             for total, part in zip(into, grads, strict=True):
@@ -132,18 +132,18 @@ def slices(kv_heads: int, exchange: Exchange) -> tuple[slice, ...]:
     return slice(0, half), slice(half, kv_heads)
 
 
-def _flow(k: Tensor, v: Tensor, ring: Ring, step: str, behind: bool) -> Iterator[_Arrived]:
+def _flow(k: Tensor, v: Tensor, task: Task, step: str, behind: bool) -> Iterator[_Arrived]:
     """The rank's own keys and values, then each round's as it comes, while the next one travels.
 
     With `behind` half of its own comes last, so that something is left to do while the gradients of
     the last round are on their way.
     """
-    exchange, runs = ring.exchange, slices(k.shape[1], ring.exchange)
+    exchange, runs = task.exchange, slices(k.shape[1], task.exchange)
     wire: Wire = Plain(k, v)
-    if exchange.rounds and ring.wire == "int8":
-        wire = Int8(k, v)
+    if exchange.rounds and task.wire == "int8":
+        wire = Int8(k, v, exchange.local.receives)
     posts = [(number, heads) for number in range(len(exchange.rounds)) for heads in runs]
-    under_way = _post(wire, ring, *posts[0], step) if posts else None
+    under_way = _post(wire, task, *posts[0], step) if posts else None
     local = _halves(k.shape[1], exchange.local)
     first = local[: len(local) // 2] if behind and posts else local
     for heads, part in first:
@@ -151,12 +151,12 @@ def _flow(k: Tensor, v: Tensor, ring: Ring, step: str, behind: bool) -> Iterator
     for index, (number, heads) in enumerate(posts):
         assert under_way is not None
         pending, buffers = under_way
-        under_way = _post(wire, ring, *posts[index + 1], step) if index + 1 < len(posts) else None
+        under_way = _post(wire, task, *posts[index + 1], step) if index + 1 < len(posts) else None
         pending.wait()
         each = exchange.rounds[number]
         pairs = []
         for source, pieces in _by_source(each):
-            pairs += wire.unpack(buffers[ring.ranks[source]], pieces, heads)
+            pairs += wire.unpack(buffers[task.ranks[source]], pieces, heads)
         yield _Arrived(number + 1, each, heads, pairs)
         del pending, buffers, pairs
     for heads, part in local[len(first) :]:
@@ -180,17 +180,25 @@ def _own(k: Tensor, v: Tensor, heads: slice, part: Round) -> _Arrived:
 
 
 def _post(
-    wire: Wire, ring: Ring, number: int, heads: slice, step: str
+    wire: Wire, task: Task, number: int, heads: slice, step: str
 ) -> tuple[Pending, dict[int, Tensor]]:
-    each = ring.exchange.rounds[number]
-    sends = {ring.ranks[peer]: wire.pack(pieces, heads) for peer, pieces in each.sends}
-    buffers = {
-        ring.ranks[source]: torch.empty(
-            wire.size(pieces, heads), dtype=torch.int8, device=wire.key.device
-        )
-        for source, pieces in _by_source(each)
-    }
-    return ring.transport.exchange(sends, buffers, f"round {number + 1} ({step})"), buffers
+    each = task.exchange.rounds[number]
+    sends: dict[int, Tensor] = {}
+    if each.sends:  # side by side in one buffer, so that a transport need not copy them
+        packed = as_bytes([x for _, pieces in each.sends for x in wire.parts(pieces, heads)])
+        sizes = [wire.size(pieces, heads) for _, pieces in each.sends]
+        peers = (task.ranks[peer] for peer, _ in each.sends)
+        sends = dict(zip(peers, packed.split(sizes), strict=True))
+    sources = _by_source(each)
+    buffers = _buffers(wire, [(task.ranks[s], pieces) for s, pieces in sources], heads)
+    return task.transport.exchange(sends, buffers, f"round {number + 1} ({step})"), buffers
+
+
+def _buffers(wire: Wire, coming: Sources, heads: slice) -> dict[int, Tensor]:
+    """For each rank where what comes from it lands, side by side."""
+    sizes = [wire.size(pieces, heads) for _, pieces in coming]
+    whole = torch.empty(sum(sizes), dtype=torch.int8, device=wire.key.device)
+    return dict(zip((rank for rank, _ in coming), whole.split(sizes), strict=True))
 
 
 def _by_source(each: Round) -> Sources:
@@ -201,8 +209,8 @@ def _by_source(each: Round) -> Sources:
 class _Returns:
     """Gradients of keys and values on their way back, one round behind what is computed."""
 
-    def __init__(self, ring: Ring, own: Plain) -> None:
-        self.ring, self.own = ring, own
+    def __init__(self, task: Task, own: Plain) -> None:
+        self.task, self.own = task, own
         self.under_way: tuple[Pending, dict[int, Tensor], Sources, slice] | None = None
 
     def owed(self, here: _Arrived) -> tuple[list[Pair], dict[int, Tensor]]:
@@ -211,11 +219,10 @@ class _Returns:
         if not here.number:
             own = (slice(piece.start, piece.stop) for piece in here.round.receives)
             return [(key[:, heads, rows], value[:, heads, rows]) for rows in own], {}
-        owed, buffers = [], {}
-        for source, pieces in _by_source(here.round):
-            buffer = key.new_zeros(self.own.size(pieces, heads), dtype=torch.int8)
-            buffers[self.ring.ranks[source]] = buffer
-            owed += self.own.unpack(buffer, pieces, heads)
+        sources = [(self.task.ranks[s], pieces) for s, pieces in _by_source(here.round)]
+        buffers, owed = _buffers(self.own, sources, heads), []
+        for rank, pieces in sources:
+            owed += self.own.unpack(buffers[rank].zero_(), pieces, heads)
         return owed, buffers
 
     def send(self, here: _Arrived, buffers: dict[int, Tensor]) -> None:
@@ -223,14 +230,9 @@ class _Returns:
             return
         self.finish()
         sends, heads = here.round.sends, here.heads
-        coming = {
-            self.ring.ranks[peer]: self.own.key.new_empty(
-                self.own.size(pieces, heads), dtype=torch.int8
-            )
-            for peer, pieces in sends
-        }
+        coming = _buffers(self.own, [(self.task.ranks[p], pieces) for p, pieces in sends], heads)
         step = f"gradients of round {here.number}"
-        pending = self.ring.transport.exchange(buffers, coming, step)
+        pending = self.task.transport.exchange(buffers, coming, step)
         self.under_way = pending, coming, sends, heads
 
     def finish(self) -> None:
@@ -241,7 +243,7 @@ class _Returns:
         self.under_way = None
         pending.wait()
         for peer, pieces in sends:
-            found = self.own.unpack(coming[self.ring.ranks[peer]], pieces, heads)
+            found = self.own.unpack(coming[self.task.ranks[peer]], pieces, heads)
             for piece, grads in zip(pieces, found, strict=True):
                 rows = slice(piece.start, piece.stop)
                 for total, part in zip((self.own.key, self.own.value), grads, strict=True):

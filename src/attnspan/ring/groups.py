@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
 from attnspan.ring.gloo import GlooTransport
+from attnspan.ring.layout import Ring
 from attnspan.ring.nccl import NcclTransport
 from attnspan.ring.transport import Pending, RingMismatch, Transport, checked
 
@@ -26,8 +27,8 @@ _KEPT: WeakKeyDictionary[ProcessGroup, dict[str, Transport]] = WeakKeyDictionary
 
 
 def transport_of(
-    group: ProcessGroup | DeviceMesh | Transport | None = None,
-    deadline: float = 10.0,
+    group: ProcessGroup | DeviceMesh | Ring | Transport | None = None,
+    deadline: float | None = None,
     device: torch.device | str | None = None,
 ) -> Transport:
     """What carries bytes between the members of a group; made once for each group, and kept.
@@ -36,8 +37,10 @@ def transport_of(
     those in the group, which may be a part of the world.
 
     Args:
-        group: None: the default group; a mesh: its one dimension; a transport: itself, as it is.
-        deadline: seconds that a wait may last before a peer counts as lost.
+        group: None: the default group; a mesh: its one dimension; a `Ring`: its group, with its
+            deadline if none is given here; a transport: itself, as it is.
+        deadline: seconds that a wait may last before a peer counts as lost, from now on; None
+            leaves what was given before, 10 at first.
         device: where the tensors lie that will be sent. None: on the GPU if the group has NCCL.
             Those on the host go over gloo, also for a group of NCCL.
 
@@ -48,8 +51,11 @@ def transport_of(
     """
     if isinstance(group, Transport):
         return group
-    if not deadline > 0:
-        raise ValueError(f"deadline: {deadline}; seconds above 0 are allowed")
+    if isinstance(group, Ring):
+        return transport_of(group.group, deadline or group.deadline, device)
+    known = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+    if deadline is not None and not (known and deadline > 0):
+        raise ValueError(f"deadline is {deadline!r}; None or seconds above 0 are allowed")
     members = _members(group)
     if members.size() == 1:
         return Alone()
@@ -61,10 +67,11 @@ def transport_of(
         raise ValueError(f"group: its backend is {names}; gloo and nccl are allowed")
     kept = _KEPT.setdefault(members, {})
     if kind not in kept:
-        kept[kind] = (NcclTransport if kind == "nccl" else GlooTransport)(members, deadline)
+        kept[kind] = (NcclTransport if kind == "nccl" else GlooTransport)(members, deadline or 10.0)
     transport = kept[kind]
     assert isinstance(transport, GlooTransport | NcclTransport)
-    transport.deadline = deadline
+    if deadline is not None:
+        transport.deadline = deadline
     return transport
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, final
 
 import numpy as np
@@ -88,6 +88,8 @@ class ZigZag(Layout):
     """
 
     def chunks(self, n: int, world: int) -> tuple[tuple[Chunk, ...], ...]:
+        if world == 1:
+            return ((Chunk(0, n),),)
         part = _part(self, n, world, 2)
         return tuple(
             (Chunk(rank * part, part), Chunk((2 * world - 1 - rank) * part, part))
@@ -106,6 +108,29 @@ class Striped(Layout):
     def chunks(self, n: int, world: int) -> tuple[tuple[Chunk, ...], ...]:
         part = _part(self, n, world, 1)
         return tuple((Chunk(rank, part, world),) for rank in range(world))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A group of processes and how a sequence lies over them.
+
+    Attributes:
+        group: as in `ring_attention`, with layout, schedule, wire and deadline.
+        layout: see group.
+        schedule: see group.
+        wire: see group.
+        deadline: see group.
+    """
+
+    group: Any = None
+    layout: Layout = Contiguous()
+    schedule: str = "auto"
+    wire: str | None = None
+    deadline: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of `ring_attention`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def _part(layout: Layout, n: int, world: int, each: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnspan import partial
 from attnspan.dispatch import check_options, check_tensors
 from attnspan.patterns import Pattern
-from attnspan.ring.exchange import Holding, check_layout
+from attnspan.ring.exchange import Exchange, check_layout, plan_exchange
 from attnspan.ring.layout import Layout
 from attnspan.ring.transport import Transport
 from attnspan.ring.ulysses import joined
@@ -63,6 +63,8 @@ def _check(
             f"{by}: q {tuple(q.shape)} and k {tuple(k.shape)} have other lengths; shards of one "
             "sequence, as many tokens in each, are allowed"
         )
+    if not q.shape[2]:
+        raise ValueError(f"{by}: q {tuple(q.shape)} has no tokens; at least one is allowed")
     if options.impl not in partial.IMPLS:
         raise ValueError(
             f"{by}: impl is {options.impl!r}; one of {', '.join(partial.IMPLS)} is allowed"
@@ -73,11 +75,26 @@ def _check(
         raise TypeError(
             f"{by}: layout is {options.layout!r}; Contiguous(), ZigZag() or Striped() is allowed"
         )
-    across = across_ranks(options.schedule, transport.size, q.shape[1], k.shape[1])
+    try:
+        backward = gradients_wanted(q, k, v)
+        largest = q, k, v, options.pattern, 0, options.softcap, options.impl, backward
+        partial.choose(*largest)
+    except ValueError as error:
+        raise ValueError(f"{by}: impl is {options.impl!r}; {error}; 'reference' can") from None
+    across_ranks(options.schedule, transport.size, q.shape[1], k.shape[1])
     holdings = options.layout.chunks(q.shape[2] * transport.size, transport.size)
     check_layout(options.pattern, holdings, by)
-    if across != transport.size:
-        inner_ring(holdings, across, transport.rank)
+    if options.wire is not None and options.schedule == "ulysses":
+        raise ValueError(
+            f"{by}: wire is {options.wire!r} with schedule 'ulysses', whose heads travel as they "
+            "are; 'ring', 'allgather' and 'RxU' are allowed"
+        )
+    if options.wire is not None and any(chunk.step > 1 for each in holdings for chunk in each):
+        raise ValueError(
+            f"{by}: wire is {options.wire!r} with layout Striped(), whose scales would tell of "
+            "later tokens; Contiguous() and ZigZag() are allowed"
+        )
+    task_of(options, q.shape, k.shape, transport)  # planned here, before anybody waits
 
 
 def across_ranks(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
@@ -105,16 +122,47 @@ def across_ranks(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
     return across
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a rank's part of a call is, whatever its tensors hold.
+
+    Attributes:
+        ranks: for each rank of the exchange, that of the transport.
+        exchange: what it sends, receives and computes.
+        members: the ranks that it trades heads with; None: none.
+        places: where their tokens stand in the joined shard.
+    """
+
+    ranks: tuple[int, ...]
+    exchange: Exchange
+    members: tuple[int, ...] | None = None
+    places: tuple[Tensor, ...] = ()
+
+
+def task_of(options: Options, q: torch.Size, k: torch.Size, transport: Transport) -> Planned:
+    """The plan of a call, with shards of these shapes; made once for equal questions."""
+    size = transport.size
+    across = across_ranks(options.schedule, size, q[1], k[1])
+    kind = "allgather" if options.schedule == "allgather" else "ring"
+    return _planned(
+        options.pattern, q[2] * size, options.layout, size, transport.rank, across, kind
+    )
+
+
 @lru_cache(maxsize=64)
-def inner_ring(
-    holdings: tuple[Holding, ...], across: int, rank: int
-) -> tuple[tuple[Holding, ...], tuple[Tensor, ...], tuple[int, ...]]:
-    """Shards of the ring of a mix, where this rank's members' tokens stand in one, the members."""
-    size = len(holdings) // across
-    shards = [joined(holdings[r * size : (r + 1) * size]) for r in range(across)]
-    mine = rank // size
-    members = tuple(range(mine * size, (mine + 1) * size))
-    return tuple(holding for holding, _ in shards), shards[mine][1], members
+def _planned(
+    pattern: Pattern, n: int, layout: Layout, size: int, rank: int, across: int, kind: Any
+) -> Planned:
+    holdings = layout.chunks(n, size)
+    if across == size:
+        return Planned(tuple(range(size)), plan_exchange(pattern, n, holdings, rank, kind))
+    width = size // across
+    shards = [joined(holdings[r * width : (r + 1) * width]) for r in range(across)]
+    mine = rank // width
+    ranks = tuple(r * width + rank % width for r in range(across))
+    exchange = plan_exchange(pattern, n, tuple(h for h, _ in shards), mine, kind)
+    members = tuple(range(mine * width, (mine + 1) * width))
+    return Planned(ranks, exchange, members, shards[mine][1])
 
 
 def _facts(
@@ -133,6 +181,8 @@ def _facts(
     }
     names = ("pattern", "layout", "schedule", "scale", "softcap", "impl", "wire")
     facts |= {name: repr(getattr(options, name)) for name in names}
+    if isinstance(sink_logits, Tensor):
+        facts["sink_logits of values"] = str(sink_logits.detach().double().tolist())
     facts["gradients"] = "wanted" if gradients_wanted(q, k, v, sink_logits) else "not wanted"
     facts["arguments"] = f"that it refuses ({refused})" if refused else "that are allowed"
     return facts

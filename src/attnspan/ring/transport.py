@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, int8
 
@@ -29,6 +30,18 @@ class RingPeerLost(RuntimeError):
 
 class RingMismatch(ValueError):
     """The ranks don't call with the same arguments; every one of them raises this alike."""
+
+
+@contextmanager
+def together(transport: Transport) -> Iterator[None]:
+    """Inside, an error of this process alone, out of memory say, is told to the others at once."""
+    try:
+        yield
+    except (RingPeerLost, RingMismatch):
+        raise
+    except BaseException as error:
+        transport.leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 def differing(told: Sequence[Mapping[str, str]], by: str) -> str | None:

@@ -28,15 +28,11 @@ class Members:
         transport: carries bytes.
         ranks: of the members; the rank itself is one.
         places: for each member where its tokens stand in the joined shard, int64.
-        heads: query heads.
-        kv_heads: KV heads.
     """
 
     transport: Transport
     ranks: tuple[int, ...]
     places: tuple[Tensor, ...]
-    heads: int
-    kv_heads: int
 
     def part(self, count: int, member: int) -> slice:
         """Which of `count` heads, query or KV, a member computes."""

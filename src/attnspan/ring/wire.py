@@ -12,15 +12,22 @@ from torch import Tensor
 
 from attnspan.ring.exchange import Piece
 
+Shape = tuple[tuple[int, ...], torch.dtype]
 Pair = tuple[Tensor, Tensor]
 """A key and a value, or their gradients: `(batch, kv_heads, tokens, width)` each."""
 
 
 def as_bytes(tensors: Sequence[Tensor]) -> Tensor:
     """The numbers of some tensors, one after the other: int8 `(bytes,)`."""
-    if len(tensors) == 1:
-        return tensors[0].contiguous().view(-1).view(torch.int8)
-    return torch.cat([x.reshape(-1).view(torch.int8) for x in tensors])
+    rows = [_row(x) for x in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _row(x: Tensor) -> Tensor:
+    row = x.reshape(-1)
+    if row.stride(0) != 1:  # an expanded one, such as the gradient of a sum
+        row = row.clone(memory_format=torch.contiguous_format)
+    return row.view(torch.int8)
 
 
 def taken(
@@ -46,12 +53,17 @@ class Wire(ABC):
     key: Tensor
 
     @abstractmethod
-    def pack(self, pieces: Sequence[Piece], heads: slice) -> Tensor:
-        """Some rows of some heads of this rank's shard: int8 `(bytes,)`."""
+    def parts(self, pieces: Sequence[Piece], heads: slice) -> list[Tensor]:
+        """What is sent of some rows of some heads of this rank's shard."""
 
     @abstractmethod
+    def shapes(self, pieces: Sequence[Piece], heads: slice) -> list[Shape]:
+        """Those of `parts`, for pieces of whichever rank."""
+
     def size(self, pieces: Sequence[Piece], heads: slice) -> int:
-        """Bytes of `pack`, for pieces of whichever rank."""
+        """Bytes of `parts`."""
+        shapes = self.shapes(pieces, heads)
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 
     @abstractmethod
     def unpack(self, buffer: Tensor, pieces: Sequence[Piece], heads: slice) -> list[Pair]:
@@ -66,9 +78,7 @@ class Plain(Wire):
     key: Tensor
     value: Tensor
 
-    def _shapes(
-        self, pieces: Sequence[Piece], heads: slice
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, pieces: Sequence[Piece], heads: slice) -> list[Shape]:
         count = heads.stop - heads.start
         return [
             ((x.shape[0], count, piece.tokens, x.shape[3]), x.dtype)
@@ -76,66 +86,64 @@ class Plain(Wire):
             for x in (self.key, self.value)
         ]
 
-    def pack(self, pieces: Sequence[Piece], heads: slice) -> Tensor:
+    def parts(self, pieces: Sequence[Piece], heads: slice) -> list[Tensor]:
         both = self.key, self.value
-        return as_bytes([x[:, heads, p.start : p.stop] for p in pieces for x in both])
-
-    def size(self, pieces: Sequence[Piece], heads: slice) -> int:
-        return sum(
-            torch.Size(shape).numel() * dtype.itemsize
-            for shape, dtype in self._shapes(pieces, heads)
-        )
+        return [x[:, heads, p.start : p.stop] for p in pieces for x in both]
 
     def unpack(self, buffer: Tensor, pieces: Sequence[Piece], heads: slice) -> list[Pair]:
-        found = list(taken(buffer, self._shapes(pieces, heads)))
+        found = list(taken(buffer, self.shapes(pieces, heads)))
         return list(zip(found[::2], found[1::2], strict=True))
 
 
 @final
 class Int8(Wire):
-    """Codes of 8 bits: keys with a scale for each channel of the shard, values for each token.
+    """Codes of 8 bits: keys with a scale for each channel of a chunk, values for each token.
 
     Channels of keys differ by orders of magnitude in trained models, so a scale for each token
-    would lose the small ones (KIVI, https://arxiv.org/abs/2402.02750).
+    would lose the small ones (KIVI, https://arxiv.org/abs/2402.02750). A chunk's scales tell of
+    its own tokens alone, and under a causal pattern whoever sees one of another rank's chunks
+    comes after all of it.
+
+    Args:
+        key: `(batch, kv_heads, tokens, head_dim)`.
+        value: likewise.
+        chunks: the rows of the shard that are adjacent tokens.
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, chunks: Sequence[Piece]) -> None:
         self.dtype, self.batch = key.dtype, key.shape[0]
-        self.key_scale, self.key = _codes(key, 2)
+        self.stops = [piece.stop for piece in chunks]
+        coded = [_codes(key[:, :, piece.start : piece.stop], 2) for piece in chunks]
+        self.key_scale = [scale for scale, _ in coded]
+        self.key = torch.cat([codes for _, codes in coded], 2)
         self.value_scale, self.value = _codes(value, 3)
 
-    def pack(self, pieces: Sequence[Piece], heads: slice) -> Tensor:
-        tensors = [self.key_scale[:, heads]]
-        tensors += [self.value_scale[:, heads, p.start : p.stop] for p in pieces]
+    def parts(self, pieces: Sequence[Piece], heads: slice) -> list[Tensor]:
+        tensors = []
+        for p in pieces:
+            chunk = next(i for i, stop in enumerate(self.stops) if p.start < stop)
+            tensors += [self.key_scale[chunk][:, heads]]
+            tensors += [self.value_scale[:, heads, p.start : p.stop]]
         both = self.key, self.value
-        tensors += [x[:, heads, p.start : p.stop] for p in pieces for x in both]
-        return as_bytes(tensors)
+        return tensors + [x[:, heads, p.start : p.stop] for p in pieces for x in both]
 
-    def _shapes(
-        self, pieces: Sequence[Piece], heads: slice
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self, pieces: Sequence[Piece], heads: slice) -> list[Shape]:
         front = self.batch, heads.stop - heads.start
-        shapes = [((*front, 1, self.key.shape[3]), torch.float32)]
-        shapes += [((*front, piece.tokens, 1), torch.float32) for piece in pieces]
-        shapes += [
-            ((*front, piece.tokens, x.shape[3]), torch.int8)
-            for piece in pieces
-            for x in (self.key, self.value)
-        ]
-        return shapes
-
-    def size(self, pieces: Sequence[Piece], heads: slice) -> int:
-        return sum(
-            torch.Size(shape).numel() * dtype.itemsize
-            for shape, dtype in self._shapes(pieces, heads)
-        )
+        found: list[Shape] = []
+        for piece in pieces:
+            found += [((*front, 1, self.key.shape[3]), torch.float32)]
+            found += [((*front, piece.tokens, 1), torch.float32)]
+        widths = self.key.shape[3], self.value.shape[3]
+        return found + [((*front, p.tokens, w), torch.int8) for p in pieces for w in widths]
 
     def unpack(self, buffer: Tensor, pieces: Sequence[Piece], heads: slice) -> list[Pair]:
-        key_scale, *found = taken(buffer, self._shapes(pieces, heads))
-        scales, codes = found[: len(pieces)], found[len(pieces) :]
+        found = list(taken(buffer, self.shapes(pieces, heads)))
+        scales, codes = found[: 2 * len(pieces)], found[2 * len(pieces) :]
         return [
-            ((key * key_scale).to(self.dtype), (value * scale).to(self.dtype))
-            for scale, key, value in zip(scales, codes[::2], codes[1::2], strict=True)
+            ((key * key_scale).to(self.dtype), (value * value_scale).to(self.dtype))
+            for key_scale, value_scale, key, value in zip(
+                scales[::2], scales[1::2], codes[::2], codes[1::2], strict=True
+            )
         ]
 
 
