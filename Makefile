@@ -29,8 +29,9 @@ venv: .venv/stamp
 demo: venv
 	.venv/bin/python -m attnspan demo
 
+# Two at a time; threads that wait sleep, since both share the processor's cores.
 test: venv
-	.venv/bin/python -m pytest
+	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist worksteal
 
 check: venv
 	.venv/bin/ruff check .

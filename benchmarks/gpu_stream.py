@@ -62,7 +62,7 @@ def prompt(model: Any, cache: Cache, count: int, seed: int) -> None:
 def moved(model: Any, cache: Cache, to: int) -> Cache:
     """A copy of `cache` that has seen `to` tokens more than it has."""
     copy = Cache(model, cache.policy, cache.storage)
-    tensors, meta = cache.state()
+    tensors, meta = cache.state(copy=False)
     seen = cache.tokens_seen + to
     layers = [[{**lane, "seen": seen} for lane in layer] for layer in meta["layers"]]
     copy.load_state(

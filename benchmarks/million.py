@@ -52,7 +52,7 @@ def run(tokens: int, spec: str, chunk: int, steps: int) -> dict[str, Any]:
                 size = min(size, EARLY - cache.tokens_seen)
             step(model, cache, text[None, start : start + size])
             if cache.tokens_seen == EARLY:
-                tensors, meta = cache.state()
+                tensors, meta = cache.state(copy=False)
                 early.load_state({name: x.clone() for name, x in tensors.items()}, meta)
             if cache.tokens_seen >= noted + tokens // 100:
                 now = time.perf_counter()

@@ -172,6 +172,9 @@ def arguments() -> argparse.Namespace:
         parser.error("start it with torchrun --nproc-per-node=N")
     if world % options.ring:
         parser.error(f"--ring is {options.ring}; a divisor of the {world} processes is allowed")
+    if options.length % (2 * options.ring) and options.ring > 1:
+        multiple = 2 * options.ring
+        parser.error(f"--length is {options.length}; a multiple of {multiple} is allowed")
     if options.rows % (world // options.ring):
         parser.error(f"--rows is {options.rows}; a multiple of {world // options.ring} is allowed")
     return options
@@ -180,7 +183,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     gpu = torch.cuda.is_available()
-    init("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    # FSDP's own collectives notice a process that hangs by this time-out, the ring's much sooner.
+    init("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=60)
     shape = (dist.get_world_size() // options.ring, options.ring)
     mesh = init_device_mesh("cuda" if gpu else "cpu", shape, mesh_dim_names=("rows", "ring"))
     losses = losses_in_rings(options, mesh)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +16,10 @@ if TYPE_CHECKING:
     from attnspan.planner.links import Machine
     from attnspan.planner.prefill import Prefill, Simulation
 
-ring = typer.Typer(no_args_is_help=True, help="One sequence over many processes: what it costs.")
+ring = typer.Typer(
+    no_args_is_help=True,
+    help="One sequence over many processes: is it exact here, and what does it cost?",
+)
 
 
 @ring.command()
@@ -115,7 +122,7 @@ def simulate(
 
 @ring.command()
 def check(
-    processes: Annotated[int, typer.Option(help="That share the sequence, on this machine.")] = 4,
+    processes: Annotated[int, typer.Option(help="How many share the sequence here.")] = 4,
     tokens: Annotated[int, typer.Option(help="Of the sequence whose cost is measured.")] = 8192,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
@@ -127,10 +134,10 @@ def check(
 ) -> None:
     """Run a ring of processes here: is it exact, does it leak, what does it send and cost?
 
-    It starts the processes itself, over gloo on the CPU. `attnspan ring simulate --link FILE` takes
-    what --json wrote.
+    It starts the processes itself, over gloo on the CPU.
+
+    `attnspan ring simulate --link FILE` takes what --json wrote.
     """
-    import subprocess
     import tempfile
     from datetime import date
     from json import loads
@@ -165,15 +172,20 @@ def check(
             *("--kv-heads", str(kv_heads), "--head-dim", str(head_dim)),
         ]
         # One thread each: the processes are what runs side by side.
-        done = subprocess.run(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not out.exists():
-            sys.stderr.write(f"{done.stderr[-4000:]}\nattnspan: ring check: a process failed\n")
+        said = Path(folder) / "said"
+        with open(said, "wb") as errors:
+            running = subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # an interrupt is ours to pass on, once
+            )
+            with _ending(running):
+                code = running.wait()
+        if code or not out.exists():
+            text = said.read_text(errors="replace")[-4000:]
+            sys.stderr.write(f"{text}\nattnspan: ring check: a process failed\n")
             raise typer.Exit(1)
         about = {**about_machine(), "date": date.today().isoformat()}
         found = {"meta": about, **loads(out.read_text())}
@@ -183,6 +195,23 @@ def check(
     if json is not None:
         write_file(json, to_json(found).encode())
     typer.echo(_checked(found))
+
+
+@contextmanager
+def _ending(running: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends the processes with this one, which a signal to end takes for an interrupt inside."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if running.poll() is None:
+            running.terminate()  # torchrun then ends its own
+            running.wait()
 
 
 def _checked(found: dict[str, Any]) -> str:

@@ -393,7 +393,7 @@ def test_a_sink_of_minus_infinity_has_no_gradient() -> None:
 
 def test_measuring_leaves_the_users_random_numbers_alone() -> None:
     def work(t):
-        x = torch.randn(3, 1, 2, 8, 4)
+        x = torch.ones(3, 1, 2, 8, 4)
         before = torch.get_rng_state()
         ring_attention(*x, group=t, schedule="auto")
         return torch.equal(before, torch.get_rng_state()), t.sent

@@ -34,7 +34,7 @@ def save(stream: Stream, folder: str | Path, identity: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full, say; the snapshot before stays.
     """
-    tensors, cache = stream.cache.state()
+    tensors, cache = stream.cache.state(copy=False)
     assert stream.boundary is not None, "only a text can be gone on with"
     meta = {
         "identity": identity,

@@ -478,16 +478,20 @@ class Cache(TransformersCache):
             "ring": None if self.ring is None else str(self.ring),
         }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON that `load_state` of a like cache takes over bit for bit.
 
         With a ring, this process's part: every process saves, and loads, its own.
+
+        Args:
+            copy: False gives the cache's own memory, which its next call overwrites: for whoever
+                saves it before.
         """
         tensors: dict[str, Tensor] = {}
         layers = []
         for i, cache in enumerate(self.caches):
             named, counts = cache.state()
-            tensors |= {f"{i}.{name}": x for name, x in named.items()}
+            tensors |= {f"{i}.{name}": x.clone() if copy else x for name, x in named.items()}
             layers.append(counts)
         names = ("rows", "seen", "runs", "columns", "peak_bytes", "peak_tokens_held")
         meta = {name: getattr(self, name) for name in names}

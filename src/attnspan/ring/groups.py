@@ -140,7 +140,7 @@ def _members(group: Any) -> ProcessGroup:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "group: None is the default group, and torch.distributed isn't initialised; call "
-                "torch.distributed.init_process_group or attnspan.ring.groups.init first"
+                "torch.distributed.init_process_group or attnspan.ring.init first"
             )
         members = dist.group.WORLD
         assert members is not None
