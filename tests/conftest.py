@@ -18,10 +18,10 @@ def poison_empty() -> Iterator[None]:
         yield
 
 
-SKIPPED = pytest.StashKey[int]()
+WANTED = "no CUDA device"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -30,12 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available():
         return
     for item in gpu:
-        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    config.stash[SKIPPED] = len(gpu)
+        item.add_marker(pytest.mark.skip(reason=WANTED))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if count := config.stash.get(SKIPPED, 0):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Of the reports, since collection takes place in processes of their own.
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum(WANTED in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"GPU tests skipped, for want of a CUDA device: {count}")

@@ -429,6 +429,17 @@ def test_a_saved_journal_is_not_promised(model) -> None:
         )
 
 
+def test_a_state_stays_what_it_was(model) -> None:
+    ids = random_ids(40)
+    with attach(model):
+        cache, fresh = (Cache(model, SinkWindow(2, 9)) for _ in range(2))
+        logits(model, cache, ids[:, :30])
+        state = cache.state()
+        expected = logits(model, cache, ids[:, 30:])
+        fresh.load_state(*state)
+        assert torch.equal(logits(model, fresh, ids[:, 30:]), expected)
+
+
 def least_bytes(model, policy, storage) -> int:
     """The smallest max_bytes, as its refusal names it."""
     with pytest.raises(ValueError, match="needs at least") as caught:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from attnspan import attach, attention
 from attnspan.models import ringed
 from attnspan.patterns import Causal, SlidingWindow
-from attnspan.ring.attention import Ring, ring_attention
+from attnspan.ring import Ring, ring_attention
 from attnspan.ring.layout import ZigZag
 from attnspan.ring.transport import RingPeerLost
 

@@ -55,9 +55,9 @@ def test_what_is_no_group() -> None:
 
 
 def test_deadlines() -> None:
-    for deadline in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"deadline: {deadline}; seconds above 0"):
-            transport_of(None, deadline)
+    for deadline in (0.0, -1.0, float("nan"), "a", True):
+        with pytest.raises(ValueError, match=f"deadline is {deadline!r}; None or seconds above 0"):
+            transport_of(None, deadline)  # type: ignore[arg-type]
 
 
 def test_a_backend_that_is_neither() -> None:

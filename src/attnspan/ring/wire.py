@@ -125,7 +125,8 @@ class Int8(Wire):
             tensors += [self.key_scale[chunk][:, heads]]
             tensors += [self.value_scale[:, heads, p.start : p.stop]]
         both = self.key, self.value
-        return tensors + [x[:, heads, p.start : p.stop] for p in pieces for x in both]
+        tensors += [x[:, heads, p.start : p.stop] for p in pieces for x in both]
+        return [*tensors, self.key.new_zeros(self.shapes(pieces, heads)[-1][0])]
 
     def shapes(self, pieces: Sequence[Piece], heads: slice) -> list[Shape]:
         front = self.batch, heads.stop - heads.start
@@ -134,10 +135,13 @@ class Int8(Wire):
             found += [((*front, 1, self.key.shape[3]), torch.float32)]
             found += [((*front, piece.tokens, 1), torch.float32)]
         widths = self.key.shape[3], self.value.shape[3]
-        return found + [((*front, p.tokens, w), torch.int8) for p in pieces for w in widths]
+        found += [((*front, p.tokens, w), torch.int8) for p in pieces for w in widths]
+        # What lies behind begins with float32 again, which has to stand at a multiple of 4.
+        codes = front[0] * front[1] * sum(p.tokens for p in pieces) * sum(widths)
+        return [*found, ((-codes % 4,), torch.int8)]
 
     def unpack(self, buffer: Tensor, pieces: Sequence[Piece], heads: slice) -> list[Pair]:
-        found = list(taken(buffer, self.shapes(pieces, heads)))
+        *found, _ = taken(buffer, self.shapes(pieces, heads))
         scales, codes = found[: 2 * len(pieces)], found[2 * len(pieces) :]
         return [
             ((key * key_scale).to(self.dtype), (value * value_scale).to(self.dtype))
