@@ -186,7 +186,7 @@ def explain(
     """
     transport = transport_of(group, deadline, getattr(q, "device", None))
     options = Options(pattern, layout, "auto", None, None, False, "auto", wire)
-    agree(q, k, v, None, transport, options)
+    agree(q, k, v, None, transport, options, "ring.explain")
     return _chosen(q, k, v, transport, options)
 
 

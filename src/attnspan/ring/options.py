@@ -45,7 +45,7 @@ def agree(q: Any, k: Any, v: Any, sink_logits: Any, transport: Transport, option
     except (ValueError, TypeError) as error:
         refused = error
     if transport.size > 1:
-        transport.agree(_facts(q, k, v, sink_logits, options, refused), "ring_attention")
+        transport.agree(_facts(q, k, v, sink_logits, options, refused), by)
     if refused is not None:
         raise refused
 
