@@ -128,8 +128,8 @@ FRESH = (
 )
 
 
-@pytest.mark.parametrize("arguments", [["--devices", "1..64"], []])
-def test_it_answers_at_once_and_loads_no_torch(arguments: list[str]) -> None:
+@pytest.mark.parametrize(("arguments", "times"), [(["--devices", "1..64"], 3), ([], 7)])
+def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: int) -> None:
     """In processor seconds of the whole process, beside one that only loads what it is made of."""
 
     def spent(program: str) -> float:
@@ -141,7 +141,7 @@ def test_it_answers_at_once_and_loads_no_torch(arguments: list[str]) -> None:
     bare = "import sys, time, numpy, typer\nprint([], 0, time.process_time(), file=sys.stderr)\n"
     program = FRESH.format(arguments=arguments)
     pairs = [(spent(program), spent(bare)) for _ in range(3)]
-    assert min(a for a, _ in pairs) < 4 * min(b for _, b in pairs)
+    assert min(a for a, _ in pairs) < times * min(b for _, b in pairs)
 
 
 def test_a_reader_may_leave(tmp_path) -> None:

@@ -37,7 +37,15 @@ class Options:
     wire: str | None
 
 
-def agree(q: Any, k: Any, v: Any, sink_logits: Any, transport: Transport, options: Options) -> None:
+def agree(
+    q: Any,
+    k: Any,
+    v: Any,
+    sink_logits: Any,
+    transport: Transport,
+    options: Options,
+    by: str = "ring_attention",
+) -> None:
     """Raises, on every rank alike, what `ring_attention` documents, before anything is sent."""
     refused: ValueError | TypeError | None = None
     try:
