@@ -128,8 +128,8 @@ FRESH = (
 )
 
 
-@pytest.mark.parametrize(("arguments", "times"), [(["--devices", "1..64"], 3), ([], 7)])
-def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: int) -> None:
+@pytest.mark.parametrize(("arguments", "times"), [(["--devices", "1..64"], 2.0), ([], 3.5)])
+def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: float) -> None:
     """In processor seconds of the whole process, beside one that only loads what it is made of."""
 
     def spent(program: str) -> float:
@@ -140,7 +140,7 @@ def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: int)
 
     bare = "import sys, time, numpy, typer\nprint([], 0, time.process_time(), file=sys.stderr)\n"
     program = FRESH.format(arguments=arguments)
-    pairs = [(spent(program), spent(bare)) for _ in range(3)]
+    pairs = [(spent(program), spent(bare)) for _ in range(5)]
     assert min(a for a, _ in pairs) < times * min(b for _, b in pairs)
 
 
