@@ -10,8 +10,49 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers of which a token takes a few: a mixture of experts.
+
+    Attributes:
+        total: experts of a layer that a token chooses from.
+        active: those that it takes.
+        intermediate: width of one.
+        layers: how many layers have them; the others have one feed-forward layer.
+        shared: experts that every token takes besides.
+    """
+
+    total: int
+    active: int
+    intermediate: int
+    layers: int
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434).
+
+    A token's keys and values of all heads come from `rank` numbers, and its position from `rope`
+    channels that the heads share; an engine may hold those, or the heads' own keys and values.
+
+    Attributes:
+        rank: numbers from which keys and values are made.
+        rope: channels of a key that are rotated, the same for all heads.
+        nope: channels of a head's key that are not.
+        value: channels of a head's value.
+        query_rank: numbers from which queries are made; None: made from the hidden state.
+    """
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+    query_rank: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a dense decoder with grouped-query attention.
+    """The shape of a decoder.
 
     Attributes:
         name: as a user writes it.
@@ -27,6 +68,14 @@ class ModelSpec:
         windows: for each layer its sliding window, the token itself included; None: it sees all.
         tied: the embedding is the output layer too.
         source: where the figures come from.
+        active: weights that one token uses, embeddings included; None: all of them.
+        trained_length: positions that it was trained for; None: its config doesn't say.
+        chunked: `windows` are chunks, counted from token 0, and a query sees those of its own chunk.
+        experts: None: every layer has one feed-forward layer.
+        latent: None: heads have keys and values of their own, `head_dim` wide.
+        shares: for each layer the earlier one whose keys and values it reads; None: its own. Empty:
+            all have their own.
+        learned_sinks: each head has a logit of its own in the softmax, and no key to it.
     """
 
     name: str
@@ -42,6 +91,13 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     tied: bool
     source: str
+    active: int | None = None
+    trained_length: int | None = None
+    chunked: bool = False
+    experts: Experts | None = None
+    latent: Latent | None = None
+    shares: tuple[int | None, ...] = ()
+    learned_sinks: bool = False
 
     @property
     def linear_parameters(self) -> int:

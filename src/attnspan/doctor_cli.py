@@ -1,0 +1,7 @@
+"""`attnspan doctor`: how far a model sees, and what may be dropped."""
+
+from __future__ import annotations
+
+import typer
+
+doctor = typer.Typer()
