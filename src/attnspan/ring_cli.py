@@ -77,9 +77,9 @@ def simulate(
     from attnspan.patterns.text import parse
     from attnspan.planner.links import machine
     from attnspan.planner.prefill import Simulation
+    from attnspan.planner.presets import model as find
     from attnspan.planner.quantities import devices as parse_devices
     from attnspan.planner.quantities import tokens
-    from attnspan.planner.spec import model as find
 
     if tensor_parallel < 1:
         raise ValueError(
