@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnspan.planner.engines import cache_bytes
+from attnspan.planner.phases import steps
 from attnspan.planner.spec import ModelSpec
 
 ATTENTIONS = ("flash", "standard")
-ENGINES = ("theory",)
+ENGINES = ("theory", "transformers")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ def prefill_peak(
     attention: str = "flash",
     engine: str = "theory",
     chunk: int | None = None,
+    threads: int = 1,
 ) -> Peak:
     """The most that prefill holds at once, above weights and cache.
 
@@ -46,8 +49,11 @@ def prefill_peak(
         itemsize: bytes of a number.
         attention: "flash", which keeps a log-sum-exp for each query, or "standard", which keeps the
             scores of all pairs of a layer.
-        engine: "theory": each tensor once, nothing kept longer than it is read.
+        engine: "theory": each tensor once, nothing kept longer than it is read. "transformers":
+            what its code holds on a CPU, with attention by sdpa ("flash") or eager ("standard");
+            bytes are above the cache that `attnspan.planner.engines` has for it.
         chunk: tokens that go through the model at once; None: all.
+        threads: of the CPU, each of which has a tile of flash attention.
 
     Raises:
         ValueError: one sentence: a size is wrong, or there is no such attention or engine.
@@ -59,7 +65,8 @@ def prefill_peak(
     >>> prefill_peak(llama, 131_072).phase
     'feed-forward'
     """
-    for name, value in (("tokens", tokens), ("batch", batch), ("itemsize", itemsize)):
+    sizes = {"tokens": tokens, "batch": batch, "itemsize": itemsize, "threads": threads}
+    for name, value in sizes.items():
         _check(name, value)
     if chunk is not None:
         _check("chunk", chunk)
@@ -70,7 +77,10 @@ def prefill_peak(
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is not known; allowed are {', '.join(allowed)}")
     new = tokens if chunk is None else min(chunk, tokens)
-    phases = _theory(spec, new, tokens, batch, itemsize, attention)
+    if engine == "theory":
+        phases = _theory(spec, new, tokens, batch, itemsize, attention)
+    else:
+        phases = _transformers(spec, new, tokens, batch, itemsize, attention, threads)
     return max(phases, key=lambda peak: peak.bytes)
 
 
@@ -122,3 +132,47 @@ def _theory(
             {**residual, "logits of the last token": batch * spec.vocabulary * itemsize},
         ),
     ]
+
+
+def _transformers(
+    spec: ModelSpec,
+    new: int,
+    tokens: int,
+    batch: int,
+    itemsize: int,
+    attention: str,
+    threads: int,
+) -> list[Peak]:
+    """The widest moment of the first call, of the last whole one, and of what is left.
+
+    Bytes count from the cache as it is at the end, so an earlier call has the rest to its credit.
+    """
+    calls = {(new, new)}
+    calls |= {(new, tokens - tokens % new), (tokens % new or new, tokens)}
+    found = []
+    for count, upto in calls:
+        later = (
+            cache_bytes(
+                spec,
+                tokens,
+                batch=batch,
+                itemsize=itemsize,
+                engine="transformers",
+                call=tokens % new or new,
+            ).total
+            - cache_bytes(
+                spec, upto, batch=batch, itemsize=itemsize, engine="transformers", call=count
+            ).total
+        )
+        for step in steps(
+            spec,
+            count,
+            upto,
+            batch=batch,
+            itemsize=itemsize,
+            eager=attention == "standard",
+            threads=threads,
+        ):
+            parts = {**step.parts, "keys and values of later calls": -later}
+            found.append(_peak(step.name, parts, step.working))
+    return found
