@@ -10,6 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+# What every config of a decoder holds.
+FIGURES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 # A part that is there, isn't, or that a field of the config switches on.
 Switch = bool | str
 
@@ -86,41 +96,25 @@ class Family:
     plain_heads: bool = False
 
 
-def _shape(
-    layers: int,
-    hidden: int,
-    wide: int,
-    heads: int,
-    kv: int | None,
-    words: int,
-    length: int,
-    **more: Any,
-) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": words,
-        "max_position_embeddings": length,
-        "head_dim": None,
-        "tie_word_embeddings": False,
-        **more,
-    }
+def _shape(figures: tuple[int | None, ...], **more: Any) -> dict[str, Any]:
+    """Values of `FIGURES`, and of other fields."""
+    known = {"head_dim": None, "tie_word_embeddings": False}
+    return {**dict(zip(FIGURES, figures, strict=True)), **known, **more}
 
 
 _TIED = {"tie_word_embeddings": True}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _LLAMA = Family(
-    _shape(32, 4096, 11008, 32, None, 32000, 2048),
+    _shape((32, 4096, 11008, 32, None, 32000, 2048)),
     qkv_bias="attention_bias",
     out_bias="attention_bias",
     mlp_bias="mlp_bias",
 )
-_MISTRAL = Family(_shape(32, 4096, 14336, 32, 8, 32000, 131072, sliding_window=4096), windows="all")
+_MISTRAL = Family(
+    _shape((32, 4096, 14336, 32, 8, 32000, 131072), sliding_window=4096), windows="all"
+)
 _QWEN3 = Family(
-    _shape(32, 4096, 22016, 32, 32, 151936, 32768, head_dim=128, **_QWEN),
+    _shape((32, 4096, 22016, 32, 32, 151936, 32768), head_dim=128, **_QWEN),
     windows="types",
     every="last",
     qk_norm="head",
@@ -128,29 +122,31 @@ _QWEN3 = Family(
     out_bias="attention_bias",
 )
 _GEMMA = Family(
-    _shape(28, 3072, 24576, 16, 16, 256000, 8192, head_dim=256, **_TIED),
+    _shape((28, 3072, 24576, 16, 16, 256000, 8192), head_dim=256, **_TIED),
     qkv_bias="attention_bias",
     out_bias="attention_bias",
 )
 _GEMMA2 = replace(
     _GEMMA,
-    defaults=_shape(26, 2304, 9216, 8, 4, 256000, 8192, head_dim=256, sliding_window=4096, **_TIED),
+    defaults=_shape(
+        (26, 2304, 9216, 8, 4, 256000, 8192), head_dim=256, sliding_window=4096, **_TIED
+    ),
     windows="types",
     every=2,
     norms=4,
 )
 _OLMO2 = Family(
-    _shape(32, 4096, 11008, 32, None, 50304, 2048),
+    _shape((32, 4096, 11008, 32, None, 50304, 2048)),
     qk_norm="wide",
     qkv_bias="attention_bias",
     out_bias="attention_bias",
 )
 _GLM = Family(
-    _shape(40, 4096, 13696, 32, 2, 151552, 131072, head_dim=128), qkv_bias="attention_bias"
+    _shape((40, 4096, 13696, 32, 2, 151552, 131072), head_dim=128, attention_bias=True),
+    qkv_bias="attention_bias",
 )
-_GLM = replace(_GLM, defaults={**_GLM.defaults, "attention_bias": True})
 _COHERE = Family(
-    _shape(40, 8192, 22528, 64, None, 256000, 8192, **_TIED),
+    _shape((40, 8192, 22528, 64, None, 256000, 8192), **_TIED),
     norms=1,
     qk_norm="wide",
     qk_norm_if="use_qk_norm",
@@ -166,13 +162,7 @@ _LATENT = {
 }
 _DEEPSEEK3 = Family(
     _shape(
-        61,
-        7168,
-        18432,
-        128,
-        128,
-        129280,
-        4096,
+        (61, 7168, 18432, 128, 128, 129280, 4096),
         moe_intermediate_size=2048,
         n_shared_experts=1,
         n_routed_experts=256,
@@ -195,7 +185,9 @@ FAMILIES: Mapping[str, Family] = {
     "ministral": replace(_MISTRAL, windows="types", every="window"),
     "ministral3": replace(
         _MISTRAL,
-        defaults=_shape(34, 4096, 14336, 32, 8, 131072, 262144, head_dim=128, sliding_window=None),
+        defaults=_shape(
+            (34, 4096, 14336, 32, 8, 131072, 262144), head_dim=128, sliding_window=None
+        ),
     ),
     "mixtral": replace(
         _MISTRAL,
@@ -208,23 +200,17 @@ FAMILIES: Mapping[str, Family] = {
         routed=Routed("num_local_experts", "num_experts", width="intermediate_size"),
     ),
     "phi3": Family(
-        _shape(32, 3072, 8192, 32, None, 32064, 4096, sliding_window=None), windows="all"
+        _shape((32, 3072, 8192, 32, None, 32064, 4096), sliding_window=None), windows="all"
     ),
     "qwen2": Family(
-        _shape(32, 4096, 22016, 32, 32, 151936, 32768, **_QWEN),
+        _shape((32, 4096, 22016, 32, 32, 151936, 32768), **_QWEN),
         windows="types",
         every="last",
         qkv_bias=True,
     ),
     "qwen2_moe": Family(
         _shape(
-            24,
-            2048,
-            5632,
-            16,
-            16,
-            151936,
-            32768,
+            (24, 2048, 5632, 16, 16, 151936, 32768),
             moe_intermediate_size=1408,
             shared_expert_intermediate_size=5632,
             num_experts_per_tok=4,
@@ -245,13 +231,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": replace(
         _QWEN3,
         defaults=_shape(
-            24,
-            2048,
-            6144,
-            32,
-            4,
-            151936,
-            32768,
+            (24, 2048, 6144, 32, 4, 151936, 32768),
             use_sliding_window=False,
             sliding_window=4096,
             moe_intermediate_size=768,
@@ -279,13 +259,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3n_text": replace(
         _GEMMA2,
         defaults=_shape(
-            35,
-            2048,
-            16384,
-            8,
-            2,
-            262400,
-            32768,
+            (35, 2048, 16384, 8, 2, 262400, 32768),
             head_dim=256,
             sliding_window=512,
             vocab_size_per_layer_input=262144,
@@ -301,13 +275,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_oss": Family(
         _shape(
-            36,
-            2880,
-            2880,
-            64,
-            8,
-            201088,
-            131072,
+            (36, 2880, 2880, 64, 8, 201088, 131072),
             head_dim=64,
             sliding_window=128,
             num_local_experts=128,
@@ -324,13 +292,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": replace(
         _DEEPSEEK3,
         defaults=_shape(
-            32,
-            4096,
-            11008,
-            32,
-            None,
-            102400,
-            2048,
+            (32, 4096, 11008, 32, None, 102400, 2048),
             moe_intermediate_size=1407,
             n_shared_experts=2,
             n_routed_experts=64,
@@ -344,13 +306,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _DEEPSEEK3,
     "llama4_text": Family(
         _shape(
-            48,
-            5120,
-            8192,
-            40,
-            8,
-            202048,
-            131072,
+            (48, 5120, 8192, 40, 8, 202048, 131072),
             head_dim=128,
             intermediate_size_mlp=16384,
             num_experts_per_tok=1,
@@ -377,13 +333,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4": replace(_GLM, norms=4),
     "glm4_moe": Family(
         _shape(
-            46,
-            4096,
-            10944,
-            96,
-            8,
-            151552,
-            131072,
+            (46, 4096, 10944, 96, 8, 151552, 131072),
             moe_intermediate_size=1408,
             num_experts_per_tok=8,
             n_shared_experts=1,
@@ -400,20 +350,11 @@ FAMILIES: Mapping[str, Family] = {
     "olmo": replace(_OLMO2, norm=0, qk_norm="none"),
     "olmo2": _OLMO2,
     "olmo3": replace(
-        _OLMO2,
-        defaults={**_OLMO2.defaults, "sliding_window": 4096},
-        windows="types",
-        every=4,
+        _OLMO2, defaults={**_OLMO2.defaults, "sliding_window": 4096}, windows="types", every=4
     ),
     "smollm3": Family(
         _shape(
-            36,
-            2048,
-            11008,
-            16,
-            4,
-            128256,
-            32768,
+            (36, 2048, 11008, 16, 4, 128256, 32768),
             use_sliding_window=False,
             sliding_window=None,
             no_rope_layers=None,
@@ -436,20 +377,20 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "exaone4": Family(
         _shape(
-            32, 4096, 16384, 32, 32, 102400, 2048, sliding_window=4096, sliding_window_pattern=4
+            (32, 4096, 16384, 32, 32, 102400, 2048), sliding_window=4096, sliding_window_pattern=4
         ),
         windows="types",
         every="sliding_window_pattern",
         qk_norm="head",
     ),
     "seed_oss": Family(
-        _shape(64, 4096, 27648, 80, 8, 155136, 524288, head_dim=128, attention_bias=True),
+        _shape((64, 4096, 27648, 80, 8, 155136, 524288), head_dim=128, attention_bias=True),
         qkv_bias="attention_bias",
         out_bias="attention_out_bias",
         mlp_bias="mlp_bias",
     ),
     "gpt_neox": Family(
-        _shape(44, 6144, 24576, 64, None, 50432, 2048, attention_bias=True),
+        _shape((44, 6144, 24576, 64, None, 50432, 2048), attention_bias=True),
         norm=2,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
@@ -458,7 +399,7 @@ FAMILIES: Mapping[str, Family] = {
         plain_heads=True,
     ),
     "phi": Family(
-        _shape(24, 2048, 8192, 32, None, 51200, 2048),
+        _shape((24, 2048, 8192, 32, None, 51200, 2048)),
         norms=1,
         norm=2,
         qk_norm="head",
@@ -470,7 +411,7 @@ FAMILIES: Mapping[str, Family] = {
         gated=False,
     ),
     "starcoder2": Family(
-        _shape(30, 3072, 12288, 24, 2, 49152, 4096, sliding_window=None, use_bias=True, **_TIED),
+        _shape((30, 3072, 12288, 24, 2, 49152, 4096), sliding_window=None, use_bias=True, **_TIED),
         windows="all",
         norm=2,
         qkv_bias="use_bias",

@@ -8,56 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from attnspan.planner.configs import from_config
+from attnspan.planner.families import FIGURES
 from attnspan.planner.fields import shown
 from attnspan.planner.spec import ModelSpec
 
 
-def _shape(
-    kind: str,
-    layers: int,
-    hidden: int,
-    wide: int,
-    heads: int,
-    kv: int,
-    words: int,
-    length: int,
-    **more: Any,
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": words,
-        "max_position_embeddings": length,
-        **more,
-    }
+def _shape(kind: str, figures: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    return {"model_type": kind, **dict(zip(FIGURES, figures, strict=True)), **more}
 
 
 def _mistral(words: int, window: int | None) -> dict[str, Any]:
-    return _shape("mistral", 32, 4096, 14336, 32, 8, words, 32768, sliding_window=window)
+    return _shape("mistral", (32, 4096, 14336, 32, 8, words, 32768), sliding_window=window)
 
 
-def _llama3(layers: int, hidden: int, wide: int, heads: int, length: int = 131072, **more: Any):
-    return _shape("llama", layers, hidden, wide, heads, 8, 128256, length, **more)
+def _llama3(
+    layers: int, hidden: int, wide: int, heads: int, length: int = 131072, **more: Any
+) -> dict[str, Any]:
+    return _shape("llama", (layers, hidden, wide, heads, 8, 128256, length), **more)
 
 
-def _qwen3(layers: int, hidden: int, wide: int, heads: int, *, tied: bool = False):
-    return _shape("qwen3", layers, hidden, wide, heads, 8, 151936, 40960, tie_word_embeddings=tied)
+def _qwen3(
+    layers: int, hidden: int, wide: int, heads: int, *, tied: bool = False
+) -> dict[str, Any]:
+    figures = (layers, hidden, wide, heads, 8, 151936, 40960)
+    return _shape("qwen3", figures, tie_word_embeddings=tied)
 
 
-def _qwen3_moe(layers: int, hidden: int, wide: int, heads: int, expert: int):
+def _qwen3_moe(layers: int, hidden: int, wide: int, heads: int, expert: int) -> dict[str, Any]:
     return _shape(
         "qwen3_moe",
-        layers,
-        hidden,
-        wide,
-        heads,
-        4,
-        151936,
-        40960,
+        (layers, hidden, wide, heads, 4, 151936, 40960),
         head_dim=128,
         moe_intermediate_size=expert,
         num_experts=128,
@@ -65,28 +45,20 @@ def _qwen3_moe(layers: int, hidden: int, wide: int, heads: int, expert: int):
     )
 
 
-def _gemma3(layers: int, hidden: int, wide: int, heads: int, kv: int, dim: int = 256):
-    return _shape(
-        "gemma3_text",
-        layers,
-        hidden,
-        wide,
-        heads,
-        kv,
-        262208,
-        131072,
-        head_dim=dim,
-        sliding_window=1024,
-    )
+def _gemma3(
+    layers: int, hidden: int, wide: int, heads: int, kv: int, dim: int = 256
+) -> dict[str, Any]:
+    figures = (layers, hidden, wide, heads, kv, 262208, 131072)
+    return _shape("gemma3_text", figures, head_dim=dim, sliding_window=1024)
 
 
 def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
-    return _shape("gpt_oss", layers, 2880, 2880, 64, 8, 201088, 131072, num_local_experts=experts)
+    return _shape("gpt_oss", (layers, 2880, 2880, 64, 8, 201088, 131072), num_local_experts=experts)
 
 
 def _phi3(window: int, length: int, *, medium: bool = False) -> dict[str, Any]:
     figures = (40, 5120, 17920, 40, 10) if medium else (32, 3072, 8192, 32, 32)
-    return _shape("phi3", *figures, 32064, length, sliding_window=window)
+    return _shape("phi3", (*figures, 32064, length), sliding_window=window)
 
 
 # Names, the repository whose config.json it is, and the figures there that decide a cost.
@@ -95,19 +67,19 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-7b-v0.3": ("mistralai/Mistral-7B-v0.3", _mistral(32768, None)),
     "mixtral-8x7b": (
         "mistralai/Mixtral-8x7B-v0.1",
-        _shape("mixtral", 32, 4096, 14336, 32, 8, 32000, 32768, num_local_experts=8),
+        _shape("mixtral", (32, 4096, 14336, 32, 8, 32000, 32768), num_local_experts=8),
     ),
     "llama-2-7b": (
         "meta-llama/Llama-2-7b-hf",
-        _shape("llama", 32, 4096, 11008, 32, 32, 32000, 4096),
+        _shape("llama", (32, 4096, 11008, 32, 32, 32000, 4096)),
     ),
     "llama-2-13b": (
         "meta-llama/Llama-2-13b-hf",
-        _shape("llama", 40, 5120, 13824, 40, 40, 32000, 4096),
+        _shape("llama", (40, 5120, 13824, 40, 40, 32000, 4096)),
     ),
     "llama-2-70b": (
         "meta-llama/Llama-2-70b-hf",
-        _shape("llama", 80, 8192, 28672, 64, 8, 32000, 4096),
+        _shape("llama", (80, 8192, 28672, 64, 8, 32000, 4096)),
     ),
     "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", _llama3(32, 4096, 14336, 32, 8192)),
     "llama-3-70b": ("meta-llama/Meta-Llama-3-70B", _llama3(80, 8192, 28672, 64, 8192)),
@@ -134,13 +106,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "google/gemma-3-1b-pt",
         _shape(
             "gemma3_text",
-            26,
-            1152,
-            6912,
-            4,
-            1,
-            262144,
-            32768,
+            (26, 1152, 6912, 4, 1, 262144, 32768),
             head_dim=256,
             sliding_window=512,
         ),
@@ -152,10 +118,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss-120b": ("openai/gpt-oss-120b", _gpt_oss(36, 128)),
     "phi-3-mini-4k": ("microsoft/Phi-3-mini-4k-instruct", _phi3(2047, 4096)),
     "phi-3-mini-128k": ("microsoft/Phi-3-mini-128k-instruct", _phi3(262144, 131072)),
-    "phi-3-medium-4k": (
-        "microsoft/Phi-3-medium-4k-instruct",
-        _phi3(2047, 4096, medium=True),
-    ),
+    "phi-3-medium-4k": ("microsoft/Phi-3-medium-4k-instruct", _phi3(2047, 4096, medium=True)),
     "phi-3-medium-128k": (
         "microsoft/Phi-3-medium-128k-instruct",
         _phi3(131072, 131072, medium=True),
@@ -163,7 +126,7 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # The layer that predicts a token further is not in it: it is left out when the model runs.
     "deepseek-v3": (
         "deepseek-ai/DeepSeek-V3",
-        _shape("deepseek_v3", 61, 7168, 18432, 128, 128, 129280, 163840),
+        _shape("deepseek_v3", (61, 7168, 18432, 128, 128, 129280, 163840)),
     ),
 }
 _BUNDLED = Path(__file__).parent.parent / "models" / "bundled" / "config.json"
