@@ -16,7 +16,7 @@ def test_import_loads_no_heavy_module() -> None:
     out = run("import attnspan, json, sys; print(json.dumps(sorted(sys.modules)))")
     loaded = {name.split(".")[0] for name in json.loads(out)}
     assert "attnspan" in loaded
-    assert not loaded & {"torch", "numpy", "transformers", "safetensors", "typer", "rich"}
+    assert not loaded & {"torch", "numpy", "transformers", "safetensors", "click", "rich"}
 
 
 def test_attention_loads_no_compiler() -> None:

@@ -46,6 +46,7 @@ def test_json_file_and_schedules(capsys: pytest.CaptureFixture[str], tmp_path) -
     assert [row["devices"] for row in held["rows"]] == [2, 6]
     capsys.readouterr()
     assert len(rows(capsys, *given, "--schedule", "auto")) == 2
+    assert [row["devices"] for row in rows(capsys, "--schedule", "2x4")] == [8]
     assert [row["schedule"] for row in rows(capsys, "--devices", "8", "--schedule", "4x2")] == [
         "4x2"
     ]
@@ -91,16 +92,17 @@ BAD = {
     "model": (["--model", "gpt-5"], "model 'gpt-5' is not known; close are "),
     "context": (["--context", "1G"], "context '1G' is no number of tokens"),
     "devices": (["--devices", "few"], "devices 'few' is neither a list such as 1,2,4 nor"),
-    "too many": (["--devices", "2048"], "size is 2048; a whole number from 1 to 1024"),
+    "too many": (["--devices", "2048"], "devices has 2048 in it; at most 1024 are allowed"),
     "link": (["--link", "pcie"], "link 'pcie' is not known; allowed are nvlink, ib, eth"),
     "device": (["--device", "tpu"], "device 'tpu' is not known; allowed are h200"),
     "pattern": (["--pattern", "Widow(4)"], "pattern 'Widow(4)' has 'Widow(4)' in it"),
     "no closed form": (["--pattern", "~Causal()"], "pattern ~Causal() has no closed form"),
     "layout": (["--layout", "spiral"], "layout 'spiral' is not known; allowed are contiguous"),
     "striped window": (["--layout", "striped"], "Causal() and Full() are allowed"),
-    "schedule": (["--schedule", "star"], "schedule 'star' is not known; allowed are ring"),
+    "schedule": (["--schedule", "star"], "'star' is not known; allowed are ring, allgather, uly"),
+    "schedules": (["--schedule", "0x4"], "RxU such as 2x4, auto and all"),
     "heads": (["--schedule", "ulysses", "--devices", "64"], "32 query heads among 64 ranks"),
-    "no tensor": (["--tensor-parallel", "0"], "tensor-parallel is 0; a whole number"),
+    "no tensor": (["--tensor-parallel", "0"], "'--tensor-parallel': 0 is given; a whole number"),
     "tensor": (["--tensor-parallel", "3"], "tensor-parallel is 3; mistral-7b has 32 query heads"),
     "weights": (["--weights", "int3"], "weights 'int3'; allowed are bf16, fp8"),
     "json": (["--json", "none/out.json"], "there is no folder none"),
@@ -123,14 +125,17 @@ FRESH = (
     "import sys, time\n"
     "from attnspan.cli import main\n"
     "code = main(['ring', 'simulate', *{arguments}])\n"
-    "heavy = {{'torch', 'transformers', 'matplotlib', 'rich'}} & set(sys.modules)\n"
+    "heavy = {{'torch', 'transformers', 'matplotlib', 'rich', 'pydantic'}} & set(sys.modules)\n"
     "print(sorted(heavy), code, time.process_time(), file=sys.stderr)\n"
 )
 
 
-@pytest.mark.parametrize(("arguments", "times"), [(["--devices", "1..64"], 2.0), ([], 3.5)])
+@pytest.mark.parametrize(("arguments", "times"), [(["--devices", "1..64"], 3.0), ([], 6.0)])
 def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: float) -> None:
-    """In processor seconds of the whole process, beside one that only loads what it is made of."""
+    """In processor seconds of the whole process, beside one that only loads what it is made of.
+
+    Measured: 1.7 and 3 times as many; torch alone would make it 15.
+    """
 
     def spent(program: str) -> float:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -138,7 +143,7 @@ def test_it_answers_at_once_and_loads_no_torch(arguments: list[str], times: floa
         assert (heavy, code) == ("[]", "0"), done.stderr
         return float(seconds)
 
-    bare = "import sys, time, numpy, typer\nprint([], 0, time.process_time(), file=sys.stderr)\n"
+    bare = "import sys, time, numpy, click\nprint([], 0, time.process_time(), file=sys.stderr)\n"
     program = FRESH.format(arguments=arguments)
     pairs = [(spent(program), spent(bare)) for _ in range(5)]
     assert min(a for a, _ in pairs) < times * min(b for _, b in pairs)

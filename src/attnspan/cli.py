@@ -8,124 +8,124 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import typer
+import click
 
+from attnspan import options
 from attnspan.ring_cli import ring
 
 if TYPE_CHECKING:
     from attnspan.evaluation.display import Bar
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Stream long text through a language model in bounded memory, and see what it costs.",
-)
-app.add_typer(ring, name="ring")
 
-
-def _show_version(asked: bool) -> None:
+def _show_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         from attnspan import __version__
 
-        typer.echo(f"attnspan {__version__}")
-        raise typer.Exit
+        click.echo(f"attnspan {__version__}")
+        context.exit()
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
-) -> None:
-    pass
+@click.group(
+    invoke_without_command=True,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, callback=_show_version, help="Show the version."
+)
+@click.pass_context
+def app(context: click.Context, version: bool) -> None:
+    """Attention over long contexts: plan it, stream it in bounded memory, see what it costs."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
+
+app.add_command(ring)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
     "keep-all, window:512, sinks:4+window:508, heavy:224+window:225, "
     "compressive:window=314,memory=128,rate=4"
 )
+SPEC = (
+    "SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or "
+    "compressive:window=512,memory=256,rate=4."
+)
+
+_model = click.option(
+    "--model", default="bundled", help="`bundled`, or a folder with a model in safetensors."
+)
+_text_file = click.option(
+    "--text", required=True, metavar="FILE", help="A UTF-8 file; `-` is standard input."
+)
+_limit = click.option("--limit", type=options.Count(1), help="Score at most so many tokens.")
+_plot = click.option(
+    "--plot", metavar="FILE", help="Draw perplexity and memory (.png, .svg, .pdf)."
+)
+_generate = click.option(
+    "--generate",
+    type=options.Count(0),
+    default=0,
+    help="Go on with so many tokens after the text.",
+)
+_chunk = click.option(
+    "--chunk", type=options.Count(1), default=256, help="Tokens that go through the model at once."
+)
+_folder = click.Path(path_type=Path)
 
 
-def _count(least: int, help: str) -> Any:
-    """An option for a whole number of at least `least`."""
-
-    def parse(text: str | int) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise typer.BadParameter(
-                f"{text} is given; a whole number of at least {least} is allowed"
-            )
-        return number
-
-    return typer.Option(parser=parse, metavar="N", help=help)
-
-
-Model = Annotated[str, typer.Option(help="`bundled`, or a folder with a model in safetensors.")]
-Text = Annotated[str, typer.Option(help="A UTF-8 file; `-` is standard input.", metavar="FILE")]
-Limit = Annotated[int | None, _count(1, "Score at most so many tokens.")]
-Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the figures; `-`: print them.")
-]
-Plot = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Draw perplexity and memory (.png, .svg, .pdf).")
-]
-Generate = Annotated[int, _count(0, "Go on with so many tokens after the text.")]
-Chunk = Annotated[int, _count(1, "Tokens that go through the model at once.")]
-Device = Annotated[
-    str | None, typer.Option(help="`cpu`, `cuda`, ...; by default CUDA where there is a device.")
-]
-
-
-@app.command()
+@app.command(epilog=SPEC)
+@_text_file
+@click.option("--policy", required=True, metavar="SPEC", help="What the cache keeps.")
+@_model
+@click.option("--storage", default="dense", help="dense, int8 or int4.")
+@_limit
+@click.option("--save", type=_folder, metavar="DIR", help="Keep a snapshot of the stream there.")
+@click.option(
+    "--save-every", type=options.Count(1), default=16_384, help="Tokens between two snapshots."
+)
+@click.option(
+    "--resume",
+    type=_folder,
+    metavar="DIR",
+    help="Go on from the snapshot there, with the same options and the same text (standard input "
+    "must bring it again from its start).",
+)
+@_generate
+@options.json_file
+@_plot
+@_chunk
+@click.option("--seed", type=options.Count(0), default=0, help="Of the continuation.")
+@options.device
+@click.option(
+    "--graphs",
+    is_flag=True,
+    help="Replay steps of one token (--chunk 1, --generate) from a CUDA graph.",
+)
 def stream(
-    text: Text,
-    policy: Annotated[str, typer.Option(metavar="SPEC", help="What the cache keeps.")],
-    model: Model = "bundled",
-    storage: Annotated[str, typer.Option(help="dense, int8 or int4.")] = "dense",
-    limit: Limit = None,
-    save: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep a snapshot of the stream there.")
-    ] = None,
-    save_every: Annotated[int, _count(1, "Tokens between two snapshots.")] = 16_384,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Go on from the snapshot there, with the same options and the same text "
-            "(standard input must bring it again from its start).",
-        ),
-    ] = None,
-    generate: Generate = 0,
-    json: Json = None,
-    plot: Plot = None,
-    chunk: Chunk = 256,
-    seed: Annotated[int, _count(0, "Of the continuation.")] = 0,
-    device: Device = None,
-    graphs: Annotated[
-        bool,
-        typer.Option(
-            "--graphs",
-            help="Replay steps of one token (--chunk 1, --generate) from a CUDA graph.",
-        ),
-    ] = False,
+    text: str,
+    policy: str,
+    model: str,
+    storage: str,
+    limit: int | None,
+    save: Path | None,
+    save_every: int,
+    resume: Path | None,
+    generate: int,
+    json: str | None,
+    plot: str | None,
+    chunk: int,
+    seed: int,
+    device: str | None,
+    graphs: bool,
 ) -> None:
-    """Stream a text through a model whose cache is bounded by a policy, and score every token.
-
-    SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or
-    compressive:window=512,memory=256,rate=4.
-    """
+    """Stream a text through a model whose cache is bounded by a policy, and score every token."""
     from attnspan.policies import parse
 
     kept = parse(policy)
-    kind = _outputs(json, plot)
+    kind = _format(plot)
     _folders(save, resume)
     with _text(text) as file, _bar() as bar:
         with bar.waiting("loading the model"):
@@ -156,32 +156,40 @@ def stream(
     _write(result, json, plot, kind)
 
 
-@app.command()
+@app.command(epilog=SPEC)
+@_text_file
+@click.option(
+    "--policies", required=True, metavar='"SPEC, SPEC, ..."', help="What the caches keep."
+)
+@_model
+@click.option(
+    "--storage",
+    default="dense",
+    help="dense, int8, int4, or several with commas: each policy in each.",
+)
+@_limit
+@_generate
+@options.json_file
+@_plot
+@_chunk
+@options.device
 def compare(
-    text: Text,
-    policies: Annotated[
-        str, typer.Option(metavar='"SPEC, SPEC, ..."', help="What the caches keep.")
-    ],
-    model: Model = "bundled",
-    storage: Annotated[
-        str, typer.Option(help="dense, int8, int4, or several with commas: each policy in each.")
-    ] = "dense",
-    limit: Limit = None,
-    generate: Generate = 0,
-    json: Json = None,
-    plot: Plot = None,
-    chunk: Chunk = 256,
-    device: Device = None,
+    text: str,
+    policies: str,
+    model: str,
+    storage: str,
+    limit: int | None,
+    generate: int,
+    json: str | None,
+    plot: str | None,
+    chunk: int,
+    device: str | None,
 ) -> None:
-    """Stream a text under several policies, and hold each against a fresh forward.
-
-    SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or
-    compressive:window=512,memory=256,rate=4.
-    """
+    """Stream a text under several policies, and hold each against a fresh forward."""
     from attnspan.policies import parse_list
 
     kept = parse_list(policies)
-    kind = _outputs(json, plot)
+    kind = _format(plot)
     with _text(text) as file, _bar() as bar:
         with bar.waiting("loading the model"):
             from attnspan.cache import parse_storage
@@ -206,56 +214,56 @@ def compare(
 
 
 @app.command()
-def bench(
-    n: Annotated[int, _count(1, "Tokens of the comparison.")] = 16_384,
-    runs: Annotated[int, _count(1, "Runs of each case; medians are given.")] = 5,
-    json: Json = None,
-    calibrate: Annotated[
-        bool, typer.Option(help="Store this machine's rates for the planner instead.")
-    ] = False,
-) -> None:
+@click.option("--n", type=options.Count(1), default=16_384, help="Tokens of the comparison.")
+@click.option(
+    "--runs", type=options.Count(1), default=5, help="Runs of each case; medians are given."
+)
+@options.json_file
+@click.option(
+    "--calibrate", is_flag=True, help="Store this machine's rates for the planner instead."
+)
+def bench(n: int, runs: int, json: str | None, calibrate: bool) -> None:
     """Time attention on this CPU: patterns, implementations and torch's own, side by side."""
     from attnspan import bench as benchmark
-    from attnspan.evaluation.files import check_file, to_json, write_file
 
     if calibrate and json is not None:
         raise ValueError(
             f"--json is {json}; with --calibrate, which prints no table, none is allowed"
         )
-    if json is not None and json != "-":
-        check_file(json)
     about = benchmark.machine()
     if calibrate:
         with _bar() as bar, bar.waiting("measuring"):
             path = benchmark.calibrate()
-        typer.echo(f"The rates of {about['device']} are in {path}.")
+        click.echo(f"The rates of {about['device']} are in {path}.")
         return
     with _bar() as bar, bar.waiting("measuring"):
         rows = benchmark.prefill(n, runs=runs) + benchmark.decode(runs=runs)
-    text = to_json({"meta": about, "rows": benchmark.as_json(rows)})
-    if json == "-":
-        sys.stdout.write(text)
-        return
-    if json is not None:
-        write_file(json, text.encode())
-    typer.echo(f"{about['device']}, {about['threads']} threads, torch {about['torch']}")
-    typer.echo(f"C++ kernels: {about['native']}")
-    typer.echo(benchmark.table(rows))
+    options.give(
+        {"meta": about, "rows": benchmark.as_json(rows)},
+        json,
+        lambda: click.echo(
+            f"{about['device']}, {about['threads']} threads, torch {about['torch']}\n"
+            f"C++ kernels: {about['native']}\n{benchmark.table(rows)}"
+        ),
+    )
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = (
-        Path("demo")
-    ),
-    limit: Annotated[int, _count(2, "Bytes of text.")] = 100_000,
-) -> None:
+@click.option(
+    "--out",
+    type=_folder,
+    metavar="DIR",
+    default=Path("demo"),
+    help="Where demo.json and demo.png go.",
+)
+@click.option("--limit", type=options.Count(2), default=100_000, help="Bytes of text.")
+def demo(out: Path, limit: int) -> None:
     """Compare the policies on Python source that the bundled model never saw, and go on with it."""
     from attnspan.policies import parse_list
 
     out.mkdir(parents=True, exist_ok=True)
     json, plot = str(out / "demo.json"), str(out / "demo.png")
-    kind = _outputs(json, plot)
+    kind = _format(plot)
     with _bar() as bar:
         with bar.waiting("loading the model"):
             from attnspan.cache import Dense, Int8
@@ -279,7 +287,7 @@ def demo(
         )
     result["meta"]["prompt"] = text[-240:]
     _write(result, json, plot, kind)
-    typer.echo(f"\n{json} and {plot} hold the figures and the plot.")
+    click.echo(f"\n{json} and {plot} hold the figures and the plot.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -292,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # its encoding may lack a character
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app.main(arguments, "attnspan", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # Who reads our output has had enough. Python would complain once more when it flushes.
@@ -305,13 +313,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(f"{where}{error.strerror}" if error.strerror else str(error), 2)
     except (ValueError, ImportError) as error:
         return _end(str(error), 2)
-    except Exception as error:
-        # A usage error of typer; where its class lives depends on typer's version.
-        if not hasattr(error, "format_message"):
-            raise
-        message = error.format_message()  # type: ignore[attr-defined]
-        # Without a command there is none: the help was shown.
-        return _end(message, 2) if message else 2
+    except click.ClickException as error:
+        return _end(error.format_message(), 2)
+    except click.Abort:
+        return 1
     return code if isinstance(code, int) else 0
 
 
@@ -344,15 +349,15 @@ def _text_name(path: str) -> str:
     return "standard input" if path == "-" else path
 
 
-def _outputs(json: str | None, plot: str | None) -> str:
-    """Refuses names that can't be written, before the work; the plot's format."""
+def _format(plot: str | None) -> str:
+    """The plot's format; a name that can't be written is refused before the work."""
     from attnspan.evaluation.files import check_file
     from attnspan.evaluation.plot import check_plot
 
-    for path in (json, plot):
-        if path is not None and path != "-":
-            check_file(path)
-    return check_plot(plot) if plot is not None else ""
+    if plot is None:
+        return ""
+    check_file(plot)
+    return check_plot(plot)
 
 
 def _folders(*folders: Path | None) -> None:
@@ -363,17 +368,12 @@ def _folders(*folders: Path | None) -> None:
 
 def _write(result: dict[str, Any], json: str | None, plot: str | None, kind: str) -> None:
     """Files first: they are whole even if nobody reads our output to its end."""
-    from attnspan.evaluation.display import show
-    from attnspan.evaluation.files import to_json, write_file
-
-    text = to_json(result)
-    if json is not None and json != "-":
-        write_file(json, text.encode())
     if plot is not None:
+        from attnspan.evaluation.files import write_file
         from attnspan.evaluation.plot import plot as draw
 
         write_file(plot, draw(result, kind))
-    if json == "-":
-        sys.stdout.write(text)
-    else:
-        show(result, sys.stdout)
+
+    from attnspan.evaluation.display import show
+
+    options.give(result, json, lambda: show(result, sys.stdout))

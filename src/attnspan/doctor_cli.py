@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import typer
+import click
 
-doctor = typer.Typer()
+doctor = click.Command("doctor")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import typer
+import click
 
-plan = typer.Typer()
+plan = click.Command("plan")

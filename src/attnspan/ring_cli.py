@@ -8,85 +8,104 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
+
+from attnspan import options
 
 if TYPE_CHECKING:
     from attnspan.planner.links import Machine
     from attnspan.planner.prefill import Prefill, Simulation
 
-ring = typer.Typer(
-    no_args_is_help=True,
-    help="One sequence over many processes: is it exact here, and what does it cost?",
-)
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def ring(context: click.Context) -> None:
+    """One sequence over many processes: is it exact here, and what does it cost?"""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @ring.command()
+@click.option(
+    "--model",
+    default="mistral-7b",
+    help="A preset such as llama-3.1-8b, or the path of a config.json.",
+)
+@click.option(
+    "--context",
+    default="1M",
+    metavar="TOKENS",
+    help="Exact, or with K for 1,024 tokens and M for 1,048,576.",
+)
+@click.option(
+    "--devices",
+    metavar="LIST",
+    help="1,2,12, or 1..1024, the default: the powers of two in between.",
+)
+@click.option(
+    "--link",
+    default="ib",
+    help="nvlink, ib, eth, or a file that `attnspan ring check --json` wrote.",
+)
+@click.option("--device", help="h100 (the default), h200, h100-500w, a100 or cpu.")
+@click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Of all layers, such as 'SlidingWindow(4096) | Sinks(4)'; by default the model's.",
+)
+@click.option("--layout", default="zigzag", help="zigzag, contiguous or striped.")
+@click.option(
+    "--schedule",
+    default="all",
+    help="ring, allgather, ulysses, RxU such as 2x4, auto (the cheapest), or all.",
+)
+@click.option(
+    "--tensor-parallel",
+    type=options.Count(1),
+    default=1,
+    metavar="T",
+    help="Devices that share each rank's heads and weights.",
+)
+@click.option(
+    "--weights", default="bf16", help="bf16, or fp8 for those of the feed-forward layers."
+)
+@options.json_file
 def simulate(
-    model: Annotated[
-        str, typer.Option(help="A preset such as llama-3.1-8b, or the path of a config.json.")
-    ] = "mistral-7b",
-    context: Annotated[
-        str,
-        typer.Option(
-            metavar="TOKENS", help="Exact, or with K for 1,024 tokens and M for 1,048,576."
-        ),
-    ] = "1M",
-    devices: Annotated[
-        str,
-        typer.Option(metavar="LIST", help="1,2,12, or 1..1024: the powers of two in between."),
-    ] = "1..1024",
-    link: Annotated[
-        str,
-        typer.Option(help="nvlink, ib, eth, or a file that `attnspan ring check --json` wrote."),
-    ] = "ib",
-    device: Annotated[
-        str | None, typer.Option(help="h100 (the default), h200, h100-500w, a100 or cpu.")
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Of all layers, such as 'SlidingWindow(4096) | Sinks(4)'; by default the model's.",
-        ),
-    ] = None,
-    layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped.")] = "zigzag",
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="ring, allgather, ulysses, RxU such as 2x4, auto (the cheapest), or all."
-        ),
-    ] = "all",
-    tensor_parallel: Annotated[
-        int, typer.Option(metavar="T", help="Devices that share each rank's heads and weights.")
-    ] = 1,
-    weights: Annotated[
-        str, typer.Option(help="bf16, or fp8 for those of the feed-forward layers.")
-    ] = "bf16",
-    json: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures; `-`: print them."),
-    ] = None,
+    model: str,
+    context: str,
+    devices: str | None,
+    link: str,
+    device: str | None,
+    pattern: str | None,
+    layout: str,
+    schedule: str,
+    tensor_parallel: int,
+    weights: str,
+    json: str | None,
 ) -> None:
     """Predict a prefill on a ring of devices: time, what communication hides, memory, traffic.
 
     Nothing is loaded or run. A row for each schedule and number of devices.
     """
-    from attnspan.evaluation.files import check_file, to_json, write_file
     from attnspan.patterns.text import parse
     from attnspan.planner.links import machine
     from attnspan.planner.prefill import Simulation
     from attnspan.planner.presets import model as find
     from attnspan.planner.quantities import devices as parse_devices
     from attnspan.planner.quantities import tokens
+    from attnspan.planner.ring import SCHEDULES, mixed
 
-    if tensor_parallel < 1:
+    mix = mixed(schedule)
+    if mix is None and schedule not in (*SCHEDULES, "auto", "all"):
         raise ValueError(
-            f"tensor-parallel is {tensor_parallel}; a whole number of at least 1 is allowed"
+            f"schedule {schedule!r} is not known; allowed are {', '.join(SCHEDULES)}, RxU such as "
+            "2x4, auto and all"
         )
-    if json is not None and json != "-":
-        check_file(json)
+    if devices is None:  # of a mix there is but one number of ranks
+        devices = "1..1024" if mix is None else str(mix[0] * mix[1] * tensor_parallel)
     spec, length, rates = find(model), tokens(context), machine(link, device)
     simulation = Simulation(
         spec,
@@ -110,27 +129,24 @@ def simulate(
         "weights": weights,
         **_described(rates),
     }
-    text = to_json({"meta": about, "rows": [_as_json(row) for row in rows], "refused": refused})
-    if json == "-":
-        sys.stdout.write(text)
-        return
-    if json is not None:
-        write_file(json, text.encode())
-    typer.echo(_head(about))
-    typer.echo(_table(rows, refused, rates))
+    found = {"meta": about, "rows": [_as_json(row) for row in rows], "refused": refused}
+    text = f"{_head(about)}\n{_table(rows, refused, rates)}"
+    options.give(found, json, lambda: click.echo(text))
 
 
 @ring.command()
+@click.option(
+    "--processes", type=options.Count(2), default=4, help="How many share the sequence here."
+)
+@click.option(
+    "--tokens", type=options.Count(1), default=8192, help="Of the sequence whose cost is measured."
+)
+@click.option("--heads", type=options.Count(1), default=8, help="Query heads.")
+@click.option("--kv-heads", type=options.Count(1), default=2, help="Key and value heads.")
+@click.option("--head-dim", type=options.Count(1), default=64, help="Channels of a head.")
+@options.json_file
 def check(
-    processes: Annotated[int, typer.Option(help="How many share the sequence here.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Of the sequence whose cost is measured.")] = 8192,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
-    json: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures; `-`: print them."),
-    ] = None,
+    processes: int, tokens: int, heads: int, kv_heads: int, head_dim: int, json: str | None
 ) -> None:
     """Run a ring of processes here: is it exact, does it leak, what does it send and cost?
 
@@ -144,25 +160,13 @@ def check(
     from pathlib import Path
 
     from attnspan.bench import machine as about_machine
-    from attnspan.evaluation.files import check_file, to_json, write_file
 
-    for name, value, least in (
-        ("processes", processes, 2),
-        ("tokens", tokens, 1),
-        ("heads", heads, 1),
-        ("kv-heads", kv_heads, 1),
-        ("head-dim", head_dim, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; a whole number of at least {least} is allowed")
     if tokens % (2 * processes):
         raise ValueError(
             f"tokens is {tokens} on {processes} processes; a multiple of {2 * processes} is allowed"
         )
     if heads % kv_heads:
         raise ValueError(f"heads is {heads}; a multiple of the {kv_heads} KV heads is allowed")
-    if json is not None and json != "-":
-        check_file(json)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "check.json"
         command = [
@@ -186,15 +190,10 @@ def check(
         if code or not out.exists():
             text = said.read_text(errors="replace")[-4000:]
             sys.stderr.write(f"{text}\nattnspan: ring check: a process failed\n")
-            raise typer.Exit(1)
+            sys.exit(1)
         about = {**about_machine(), "date": date.today().isoformat()}
         found = {"meta": about, **loads(out.read_text())}
-    if json == "-":
-        sys.stdout.write(to_json(found))
-        return
-    if json is not None:
-        write_file(json, to_json(found).encode())
-    typer.echo(_checked(found))
+    options.give(found, json, lambda: click.echo(_checked(found)))
 
 
 @contextmanager
@@ -267,7 +266,7 @@ def _rows(
     simulation: Simulation, numbers: list[int], schedule: str
 ) -> tuple[list[Prefill], list[str]]:
     """The rows that can run, and why the others can't."""
-    from attnspan.planner.ring import lack
+    from attnspan.planner.ring import SCHEDULES, lack
 
     rows: list[Prefill] = []
     refused: dict[str, str] = {}  # by schedule, the fewest devices first
@@ -277,7 +276,7 @@ def _rows(
         if schedule == "auto" or size == 1:
             wanted = [simulation.choose(number)]
         elif schedule == "all":
-            wanted = ["ring", "allgather", "ulysses"]
+            wanted = [*SCHEDULES]
             best = simulation.choose(number)
             wanted += [best] if best not in wanted else []
         for each in wanted:

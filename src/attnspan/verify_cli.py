@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import typer
+import click
 
-verify = typer.Typer()
+verify = click.Command("verify")

@@ -24,8 +24,8 @@ class Built:
     """How a family's decoder layer is put together.
 
     Attributes:
-        order: norms before attention and feed-forward; after them; or both fed side by side from one
-            residual stream, each by a norm of its own ("beside") or by one for both ("shared").
+        order: norms before attention and feed-forward; after them; or both fed side by side from
+            one residual stream, each by a norm of its own ("beside") or one for both ("shared").
         fused: queries, keys and values are slices of one product, which lives through attention.
         mlp: a gate and another half; both in one product; or no gate.
         biased: experts have biases, and a gate that clamps both halves.
@@ -94,12 +94,13 @@ def steps(
     batch: int,
     itemsize: int,
     eager: bool,
-    threads: int,
+    threads: int | None,
 ) -> Iterator[Step]:
     """Every step of the last call of a prefill that brings `new` of all `tokens` tokens.
 
     Bytes are above weights and above the whole cache as it stands at the end: a layer that has not
-    run yet holds less of it, which counts as bytes below.
+    run yet holds less of it, which counts as bytes below. `threads` are those of a CPU; None is a
+    GPU, whose kernels neither have a tile in memory nor copy numbers of another dtype.
     """
     shape = _Shape(
         spec, new, tokens, batch, itemsize, eager, threads, _BUILT.get(spec.family, Built())
@@ -122,8 +123,13 @@ class _Shape:
     batch: int
     itemsize: int
     eager: bool
-    threads: int
+    threads: int | None
     built: Built
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether a product of two dtypes copies the narrower one."""
+        return self.itemsize < 4 and self.threads is not None
 
     def _wide(self, width: int, itemsize: int | None = None) -> int:
         """Bytes of one tensor with so many numbers for each new token."""
@@ -246,7 +252,7 @@ class _Shape:
             yield Step("attention's copy", {**inside, **copy})
 
     def _latent(self, window: int | None, inside: Parts) -> Iterator[Step]:
-        """Latent attention: the cache holds latents, and all heads' keys and values are made anew."""
+        """Latent attention: the cache holds latents; all heads' keys and values are made anew."""
         spec, latent, read = self.spec, self.spec.latent, self._read(window)
         assert latent is not None
         stored = latent.rank + latent.rope
@@ -285,15 +291,14 @@ class _Shape:
         grow = 4 // self.itemsize
         if built.wide == "copies":
             return round(grow * (q + k + tensors))
-        # A product of two dtypes copies what is narrower: two products, the copy, and what it is of.
-        return 3 * grow * q + q
+        # Two products, and before the second what it multiplies, which a CPU copies.
+        return (3 if self._mixes else 2) * grow * q + q
 
     def _norm(self) -> int:
         """Bytes of a norm of the hidden states, which runs in fp32, its output included."""
         wide = self._wide(self.spec.hidden, 4)
         # After attention the weights multiply in fp32, and a product of two dtypes copies one.
-        mixed = self.built.order == "post" and self.itemsize < 4
-        return (3 if mixed else 2) * wide
+        return (3 if self.built.order == "post" and self._mixes else 2) * wide
 
     def _scores(self, window: int | None) -> int:
         return self._wide(self.spec.heads * self._read(window))
@@ -322,11 +327,15 @@ class _Shape:
         """How many times the scores are held at most in eager attention."""
         if self.spec.learned_sinks:  # with a column more, and less their largest
             return 3
-        # Softmax runs in fp32: it copies what isn't, and makes as much again.
-        return 2 if self.itemsize >= 4 else 1 + 2 * 4 // self.itemsize
+        if self.itemsize >= 4:
+            return 2
+        # Softmax gives fp32, and a CPU copies what it takes to fp32 first.
+        return 1 + (2 if self.threads is not None else 1) * 4 // self.itemsize
 
     def _kernel(self, read: int) -> int:
-        """torch's flash attention on a CPU: a log-sum-exp, and a tile for each thread."""
+        """torch's flash attention: a log-sum-exp, and on a CPU a tile for each thread."""
+        if self.threads is None:
+            return self._wide(self.spec.heads, 4)
         queries = min(256 if self.new >= 768 else 64 if self.new >= 192 else 32, self.new)
         keys = min(512, read)
         tile = queries * (keys + 2 + self.spec.head_dim) * 4

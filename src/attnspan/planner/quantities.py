@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from attnspan.planner.forms import MOST_TOKENS
+from attnspan.planner.forms import MOST_RANKS, MOST_TOKENS
 
 _SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 
@@ -37,7 +37,8 @@ def devices(text: str, step: int = 1) -> list[int]:
         step: devices of a rank of the ring; of a range, multiples of it.
 
     Raises:
-        ValueError: it is neither, or has a number that isn't positive or no multiple of `step`.
+        ValueError: it is neither, or has a number that isn't positive, no multiple of `step`, or
+            more than the planner counts.
 
     >>> devices("1..64"), devices("1..64", 8), devices("3, 12")
     ([1, 2, 4, 8, 16, 32, 64], [8, 16, 32, 64], [3, 12])
@@ -51,6 +52,10 @@ def devices(text: str, step: int = 1) -> list[int]:
     if not all(part.strip().isdecimal() for part in parts):
         raise wrong
     numbers = sorted({int(part) for part in parts})
+    if numbers[-1] > MOST_RANKS * step:
+        raise ValueError(
+            f"devices has {numbers[-1]} in it; at most {MOST_RANKS * step} are allowed"
+        )
     if not dots:
         for number in numbers:
             if number < 1 or number % step:

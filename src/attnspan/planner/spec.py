@@ -66,7 +66,7 @@ class ModelSpec:
         source: where the figures come from.
         active: weights that one token uses, embeddings included; None: all of them.
         trained_length: positions that its config allows; None: it doesn't say.
-        chunked: `windows` are chunks, counted from token 0, and a query sees its own chunk's keys.
+        chunked: `windows` are chunks counted from token 0, and a query sees its own alone.
         experts: None: every layer has one feed-forward layer.
         latent: None: heads have keys and values of their own, `head_dim` wide.
         shares: for each layer the earlier one whose keys and values it reads; None: its own. Empty:
