@@ -14,6 +14,7 @@ import click
 
 from attnspan import options
 from attnspan.ring_cli import ring
+from attnspan.verify_cli import verify
 
 if TYPE_CHECKING:
     from attnspan.evaluation.display import Bar
@@ -43,6 +44,7 @@ def app(context: click.Context, version: bool) -> None:
 
 
 app.add_command(ring)
+app.add_command(verify)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
