@@ -347,13 +347,17 @@ class _Shape:
         spec, experts = self.spec, self.spec.experts
         if experts is None or experts.layers < spec.layers:
             inner = self._wide(spec.intermediate)
+            output = {"feed-forward's output": self.hidden}
             match self.built.mlp:
                 case "gated":
                     yield {"gate, other half and their product": 3 * inner}
+                    yield {"gate's product": inner, **output}
                 case "fused":
                     yield {"gate and other half in one": 2 * inner, "gate, product": 2 * inner}
+                    yield {"gate, other half and product": 3 * inner, **output}
                 case "plain":
                     yield {"inner layer, before and after": 2 * inner}
+                    yield {"inner layer": inner, **output}
         if experts is None:
             return
         # Each token stands as often as it has experts, in the order of the experts.
