@@ -160,6 +160,24 @@ def test_each_phase_where_it_is_the_widest(
     assert abs(peak.bytes / measured(loaded, tokens) - 1) < 0.001
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_one_kv_head_is_repeated_as_a_view(heads: int) -> None:
+    loaded = planned("mistral-sliding", num_key_value_heads=heads)
+    for implementation in ("sdpa", "eager"):
+        loaded.set_attn_implementation(implementation)
+        peak = plan(loaded, 300, batch=2)
+        assert "keys and values, a copy for each query head" not in dict(peak.parts)
+        assert abs(peak.bytes / measured(loaded, 300, batch=2) - 1) < 0.001
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, None), (2, None), (150, 1), (129, 64)])
+def test_short_calls(tokens: int, chunk: int | None) -> None:
+    loaded = planned("mistral-sliding")
+    loaded.set_attn_implementation("sdpa")
+    real = measured(loaded, tokens, chunk=chunk)
+    assert abs(plan(loaded, tokens, chunk=chunk).bytes / real - 1) < 0.02
+
+
 # Mutations: what a plan forgets shows -------------------------------------------------------------
 
 

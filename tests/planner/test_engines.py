@@ -338,6 +338,13 @@ def test_a_slice_keeps_its_tensor_alive() -> None:
     )
 
 
+def test_latents_are_held_and_older_releases_held_more() -> None:
+    plan = cache_bytes(model("deepseek-v3"), 10, engine="transformers")
+    assert plan.total == 10 * 61 * 576 * 2
+    # 128 heads of 128 + 64 channels of key and 128 of value.
+    assert plan.notes[0].endswith(f"values, {10 * 61 * 128 * (192 + 128) * 2} bytes.")
+
+
 # vLLM and llama.cpp -------------------------------------------------------------------------------
 
 

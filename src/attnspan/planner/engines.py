@@ -402,7 +402,6 @@ def _transformers(spec: ModelSpec, tokens: int, batch: int, itemsize: int, call:
     `window - 1` tokens and those of the last call, and right after one call for the whole prompt it
     is that of all tokens. Chunks are held as windows are. With a window of 1 the slice is of
     everything, and nothing is ever given up. Each sliding layer has a tensor of 8 bytes besides.
-    Latent attention holds latents.
     """
     token, last = batch * _token(spec, "dense", itemsize), min(call, tokens)
     sliding = sum(w is not None and own for w, own in zip(spec.windows, _own(spec), strict=True))
@@ -417,6 +416,12 @@ def _transformers(spec: ModelSpec, tokens: int, batch: int, itemsize: int, call:
 
     layers, at_once, other = held(last), _bytes(held(tokens)), 8 * sliding
     notes = ()
+    if spec.latent is not None:
+        expanded = tokens * batch * spec.kv_bytes(itemsize, expanded=True)
+        notes = (
+            "transformers 5.17 and 5.23 hold latents; 5.3 held all heads' keys and values, "
+            f"{expanded} bytes.",
+        )
     if sliding:
         notes = (
             "A sliding layer keeps window - 1 tokens as a slice of the tensor that its last call "

@@ -179,7 +179,9 @@ class _Shape:
         read = self._read(window)
         if self.eager:
             return True
-        return read != self.new or (window is not None and read >= window)
+        if window is not None and read >= window:
+            return True
+        return read != self.new and self.new > 1
 
     def _mask(self, window: int | None) -> int:
         """A mask in numbers, for each sequence; as booleans all sequences share one."""
@@ -307,7 +309,9 @@ class _Shape:
         spec, q = self.spec, self.queries
         read = self._read(window)
         repeated = 0
-        if spec.heads > spec.kv_heads and (self.eager or self._masked(window)):
+        grouped = not self.eager and (self.new == 1 or not self._masked(window))
+        # One head's keys are repeated as a view.
+        if spec.heads > spec.kv_heads > 1 and not grouped:
             repeated = 2 * self.batch * spec.heads * read * spec.head_dim * self.itemsize
         parts = {**inside, "queries": q, "keys and values, a copy for each query head": repeated}
         if self.eager:
