@@ -67,12 +67,9 @@ def verify(
     with Bar() as bar:
         with bar.waiting("loading the model"):
             from attnspan.evaluation import verify as evaluation
-            from attnspan.models.loading import load
+            from attnspan.models.loading import load, made_up
 
-            if random:
-                loaded = evaluation.random_model(model, device)
-            else:
-                loaded, _ = load(model, device)
+            loaded = made_up(model, device) if random else load(model, device)[0]
         with bar.waiting("running"):
             result = evaluation.verify(
                 loaded,

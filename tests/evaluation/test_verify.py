@@ -14,7 +14,8 @@ from planned import planned
 from attnspan.cache import Dense, Int4, Int8
 from attnspan.cli import main
 from attnspan.evaluation import verify as module
-from attnspan.evaluation.verify import Row, random_model, verify
+from attnspan.evaluation.verify import Row, verify
+from attnspan.models.loading import made_up
 from attnspan.planner.engines import CacheBytes
 from attnspan.policies import HeavyHitter, KeepAll, SinkWindow
 
@@ -172,6 +173,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--batch", "0"], "0 is given; a whole number of at least 1 is allowed"),
     (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
     (["nowhere.json", "--random"], "model nowhere.json: No such file or directory"),
+    (["--device", "meta"], "device 'meta' holds no numbers"),
 ]
 
 
@@ -196,18 +198,25 @@ def test_bad_sizes(sizes: dict[str, Any], sentence: str) -> None:
         verify(planned("llama"), **sizes)
 
 
-def test_random_models_are_bounded(config: Path, tmp_path: Path) -> None:
-    made: Any = random_model(config, "cpu")
+def test_models_made_up_from_a_config(config: Path, tmp_path: Path) -> None:
+    made: Any = made_up(config, "cpu")
     assert made.config.model_type == "qwen3"
+    assert made.dtype == torch.float32
     assert not made.training
     named = tmp_path / "other.json"
     named.write_text(config.read_text())
+    given = json.loads(config.read_text())
     with pytest.raises(ValueError, match=r"a file named config\.json, or its folder, is allowed"):
-        random_model(named, "cpu")
-    large = json.loads(config.read_text())
-    config.write_text(json.dumps({**large, "hidden_size": 65_536, "intermediate_size": 65_536}))
-    with pytest.raises(ValueError, match="random weights would take"):
-        random_model(config, "cpu")
+        made_up(named, "cpu")
+    for changes, sentence in (
+        ({"hidden_size": 65_536, "intermediate_size": 65_536}, "random weights would take"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, r"asks for remote code \(auto_map\)"),
+        ({"attn_implementation": "someone/kernel"}, "asks for remote code"),
+        ({"hidden_act": "nonsense"}, "the model can't be made"),
+    ):
+        config.write_text(json.dumps({**given, **changes}))
+        with pytest.raises(ValueError, match=sentence):
+            made_up(config, "cpu")
 
 
 @pytest.mark.gpu

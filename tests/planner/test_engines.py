@@ -224,6 +224,32 @@ def test_attnspan_past_several_growths(attached: list[tuple[Any, ModelSpec]]) ->
         assert (seen, plan.total) == (seen, cache.nbytes)
 
 
+@pytest.mark.parametrize(
+    ("held", "planned"),
+    [
+        ((Window(12), Dense()), (Window(13), Dense())),
+        ((SinkWindow(0, 16), Int8()), (SinkWindow(4, 12), Int8())),
+        ((HeavyHitter(8, 8), Dense()), (Compressive(8, 8, 1, sinks=0), Dense())),
+        ((Window(12), Int4()), (Window(12), Int8())),
+    ],
+)
+def test_a_plan_of_another_cache_is_off(
+    attached: list[tuple[Any, ModelSpec]],
+    held: tuple[Policy, Storage],
+    planned: tuple[Policy, Storage],
+) -> None:
+    """Each pair has as many slots, or one more."""
+    loaded, spec = attached[0]
+    cache = span.Cache(loaded, *held)
+    with torch.no_grad():
+        loaded(random_ids(100), past_key_values=cache, logits_to_keep=1)
+    plans = [
+        cache_bytes(spec, 100, policy=p, storage=s, itemsize=4, engine="attnspan").total
+        for p, s in (held, planned)
+    ]
+    assert plans[0] == cache.nbytes != plans[1]
+
+
 def test_attnspan_notes_what_int4s_warm_up_held() -> None:
     spec = replace(model("llama-3.1-8b"), layers=1, windows=(None,))
     small = cache_bytes(spec, 500, policy=Window(16), storage="int4", engine="attnspan")

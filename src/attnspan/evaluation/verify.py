@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,8 @@ PEAK = 0.1
 STEPS = 3
 """Steps of one token that follow the prefill."""
 
-# What a random model may take, and the share of free memory that a run may be planned to.
-_RANDOM, _FREE = 4 * 2**30, 0.8
+# The share of free memory that a run may be planned to.
+_FREE = 0.8
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ def verify(
     storages: Sequence[Storage] = (),
     batch: int = 1,
     chunk: int | None = None,
-    report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over random tokens and holds what it allocates against the plan.
 
@@ -89,7 +88,6 @@ def verify(
         policies: of `attnspan.Cache`, each in every one of `storages`.
         batch: sequences.
         chunk: tokens that go through the model at once; None: all.
-        report: is told what is being run.
 
     Returns:
         `{"meta": ..., "rows": [row], "refused": [sentence]}`: what can't be run is no row.
@@ -103,7 +101,7 @@ def verify(
             raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
     spec = from_config(model.config.to_dict())
     _check_device(model.device)
-    run = _Run(model, spec, context, batch, chunk, report or (lambda what: None))
+    run = _Run(model, spec, context, batch, chunk)
     found: list[Row | str] = [run.weights(), *run.prefill(False), *run.prefill(True)]
     try:
         with attach(model):
@@ -136,7 +134,6 @@ class _Run:
     context: int
     batch: int
     chunk: int | None
-    report: Callable[[str], None]
 
     @property
     def itemsize(self) -> int:
@@ -182,7 +179,6 @@ class _Run:
                 "shorter context or a smaller chunk is allowed"
             )
             return
-        self.report(f"prefill with {name}")
         with _attention(self.model, name) as lacks:
             cache, ids = self._dynamic(), self._ids
             if lacks:
@@ -225,7 +221,6 @@ class _Run:
     def cache(self, policy: Policy | PerLayer, storage: Storage) -> Iterator[Row | str]:
         """`attnspan.Cache` after the prefill and a few tokens on; the model is attached."""
         name = f"attnspan, {policy}, {storage}"
-        self.report(name)
         try:
             planned = [
                 cache_bytes(
@@ -356,35 +351,3 @@ def _free(device: torch.device) -> int | None:
     except OSError:  # Linux alone has it
         return None
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
-
-
-def random_model(config: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
-    """The model of a `config.json` (or of its folder) with random weights, in fp32 on a CPU.
-
-    Raises:
-        ValueError: it is no config of a known family, or its weights are too large to make up.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = Path(config)
-    spec = from_config(path)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    if spec.parameters * dtype.itemsize > _RANDOM:
-        raise ValueError(
-            f"model {path}: random weights would take {spec.parameters * dtype.itemsize} bytes; "
-            f"up to {_RANDOM} are made up"
-        )
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and path.name != "config.json":
-        raise ValueError(f"model {path}: a file named config.json, or its folder, is allowed")
-    try:
-        parts = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        with nullcontext() if place.type == "cpu" else torch.device(place):
-            made: Any = AutoModelForCausalLM.from_config(parts, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"model {path}: the model can't be made: {reason[:300]}") from error
-    return made.eval()

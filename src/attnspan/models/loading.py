@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnspan.models import bundled
+from attnspan.planner.configs import from_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.pkl")
+_MADE_UP = 4 * 2**30  # bytes of random weights
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
@@ -80,6 +82,48 @@ def load(
             f"or of another shape, {absent[0]} among them"
         )
     return model.to(place).eval(), tokenizer
+
+
+def made_up(config: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
+    """The model of a `config.json`, or of the folder that holds one, with random weights.
+
+    It is in eval mode, in bfloat16 on CUDA and float32 on a CPU; no weights, tokenizer or code are
+    read.
+
+    Raises:
+        ValueError: it is no config of a family that the planner knows, asks for remote code, or its
+            weights would take more than 4 GiB; one sentence says which.
+    """
+    path = Path(config)
+    spec = from_config(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name != "config.json":
+        raise ValueError(f"model {path}: a file named config.json, or its folder, is allowed")
+    if asked := _remote_code(_json(folder / "config.json", folder)):
+        raise ValueError(
+            f"model {folder}: config.json asks for remote code ({asked}), which is never run here"
+        )
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = _device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    size = spec.parameters * dtype.itemsize
+    if size > _MADE_UP:
+        raise ValueError(
+            f"model {path}: random weights would take {size} bytes; up to {_MADE_UP} are allowed"
+        )
+    with _quiet():
+        try:
+            parts = AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+            with place:
+                model: Any = AutoModelForCausalLM.from_config(parts, dtype=dtype)
+        except Exception as error:  # configs fail in as many ways as there are families
+            raise _refusal(folder, "the model can't be made", error) from error
+    return model.eval()
 
 
 def _check(folder: Path) -> None:
