@@ -75,7 +75,7 @@ def verify(
     batch: int = 1,
     chunk: int | None = None,
 ) -> dict[str, Any]:
-    """Runs a model over random tokens and holds what it allocates against the plan.
+    """Runs a model over one token again and again, and holds what it allocates against the plan.
 
     transformers' `DynamicCache` is measured after the prefill and after steps of one token, by the
     memory that its tensors keep alive; `attnspan.Cache` by its own count. The peak of the prefill
