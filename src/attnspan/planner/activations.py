@@ -1,0 +1,124 @@
+"""Bytes that prefill takes above weights and cache: the widest moment of a layer, named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnspan.planner.spec import ModelSpec
+
+ATTENTIONS = ("flash", "standard")
+ENGINES = ("theory",)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The widest moment of a prefill.
+
+    Attributes:
+        bytes: above weights and cache.
+        phase: which step of a layer it is.
+        parts: its tensors in words and their bytes, which sum to `bytes`.
+        working: those of attention's working memory.
+    """
+
+    bytes: int
+    phase: str
+    parts: tuple[tuple[str, int], ...]
+    working: int
+
+
+def prefill_peak(
+    spec: ModelSpec,
+    tokens: int,
+    *,
+    batch: int = 1,
+    itemsize: int = 2,
+    attention: str = "flash",
+    engine: str = "theory",
+    chunk: int | None = None,
+) -> Peak:
+    """The most that prefill holds at once, above weights and cache.
+
+    Args:
+        spec: the model.
+        tokens: of each sequence.
+        batch: sequences.
+        itemsize: bytes of a number.
+        attention: "flash", which keeps a log-sum-exp for each query, or "standard", which keeps the
+            scores of all pairs of a layer.
+        engine: "theory": each tensor once, nothing kept longer than it is read.
+        chunk: tokens that go through the model at once; None: all.
+
+    Raises:
+        ValueError: one sentence: a size is wrong, or there is no such attention or engine.
+
+    >>> from attnspan.planner.spec import model
+    >>> llama = model("llama-3.1-8b")
+    >>> prefill_peak(llama, 131_072, attention="standard").working // 2**30  # GiB, of one layer
+    1024
+    >>> prefill_peak(llama, 131_072).phase
+    'feed-forward'
+    """
+    for name, value in (("tokens", tokens), ("batch", batch), ("itemsize", itemsize)):
+        _check(name, value)
+    if chunk is not None:
+        _check("chunk", chunk)
+    for name, value, allowed in (
+        ("attention", attention, ATTENTIONS),
+        ("engine", engine, ENGINES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is not known; allowed are {', '.join(allowed)}")
+    new = tokens if chunk is None else min(chunk, tokens)
+    phases = _theory(spec, new, tokens, batch, itemsize, attention)
+    return max(phases, key=lambda peak: peak.bytes)
+
+
+def _check(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
+
+
+def _peak(phase: str, parts: dict[str, int], working: int = 0) -> Peak:
+    parts = {name: size for name, size in parts.items() if size}
+    return Peak(sum(parts.values()), phase, tuple(parts.items()), working)
+
+
+def _theory(
+    spec: ModelSpec, new: int, tokens: int, batch: int, itemsize: int, attention: str
+) -> list[Peak]:
+    """Keys and values are the cache's own, so they count there."""
+    rows = batch * new
+    hidden = rows * spec.hidden * itemsize
+    queries = rows * spec.heads * spec.head_dim * itemsize
+    if attention == "flash":
+        name, working = "log-sum-exp of each query and head, fp32", rows * spec.heads * 4
+    else:
+        name, working = "scores of every pair and head", rows * spec.heads * tokens * itemsize
+    inner = spec.intermediate
+    if spec.experts is not None:
+        each = spec.experts.active + spec.experts.shared
+        dense = spec.intermediate if spec.experts.layers < spec.layers else 0
+        inner = max(each * spec.experts.intermediate, dense)
+    residual = {"residual stream": hidden}
+    return [
+        _peak("queries, keys, values", {**residual, "normed input": hidden, "queries": queries}),
+        _peak(
+            "attention",
+            {**residual, "queries": queries, "attention's output": queries, name: working},
+            working,
+        ),
+        _peak(
+            "feed-forward",
+            {
+                **residual,
+                "normed input": hidden,
+                "gate and its product with the other half": rows * inner * itemsize,
+                "the other half": rows * inner * itemsize,
+            },
+        ),
+        _peak(
+            "output layer",
+            {**residual, "logits of the last token": batch * spec.vocabulary * itemsize},
+        ),
+    ]
