@@ -2,6 +2,117 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import click
 
-plan = click.Command("plan")
+from attnspan import options
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--context", metavar="TOKENS", help="Exact, or with K for 1,024 tokens and M for 1,048,576."
+)
+@click.option("--policy", metavar="SPEC", help="What the cache keeps; by default all it can see.")
+@click.option(
+    "--pattern",
+    metavar="PATTERN",
+    help="Instead of a policy what all layers see, such as 'Strided(2048, 64)'.",
+)
+@click.option("--storage", default="dense", help="dense, int8 or int4.")
+@click.option("--batch", type=options.Count(1), default=1, help="Sequences.")
+@click.option(
+    "--devices", type=options.Count(1), default=1, metavar="D", help="That share the context."
+)
+@click.option("--memory", metavar="SIZE", help="Of a device, such as 80GiB; by default its own.")
+@click.option(
+    "--device",
+    default="h100",
+    help="h100, h200, h100-500w, a100, cpu, `calibrated` (what `attnspan bench --calibrate` "
+    "measured here), or a file of rates.",
+)
+@click.option("--link", default="ib", help="Between devices: nvlink, ib, eth, or a file.")
+@click.option("--weights", default="bf16", help="bf16, int8 or int4.")
+@click.option(
+    "--engine",
+    default="theory",
+    help="Whose allocation is counted: theory, attnspan, transformers, vllm or llama.cpp.",
+)
+@click.option(
+    "--chunk", type=options.Count(1), metavar="N", help="Prefill in steps of so many tokens."
+)
+@click.option("--compare", is_flag=True, help="Beside it full, windows, H2O, strided, and others.")
+@click.option(
+    "--budget",
+    type=options.Count(16),
+    metavar="W",
+    help="Tokens of each in --compare; by default the model's window, or 4096.",
+)
+@click.option(
+    "--fit",
+    is_flag=True,
+    help="The longest context that fits; with --context the least change that makes it fit.",
+)
+@click.option("--explain", is_flag=True, help="Each formula with its numbers.")
+@click.option("--list", "listed", is_flag=True, help="The models that are known by name.")
+@options.json_file
+def plan(
+    model: str | None,
+    context: str | None,
+    memory: str | None,
+    compare: bool,
+    budget: int | None,
+    fit: bool,
+    explain: bool,
+    listed: bool,
+    json: str | None,
+    **how: Any,
+) -> None:
+    """What a context costs: memory, operations and time, before anything is loaded.
+
+    MODEL is a name (--list), or the path of a config.json or its folder.
+    """
+    if listed:
+        _list(json)
+        return
+    if model is None:
+        raise ValueError("MODEL is missing; a name from `attnspan plan --list`, or a path, is")
+    if budget is not None and not compare:
+        raise ValueError(f"--budget is {budget} without --compare; with it it is allowed")
+    from attnspan.planner.plan import plan as make
+
+    if fit:
+        _fit(model, context, memory, explain, json, **how)
+        return
+    if context is None:
+        raise ValueError("--context is missing; a number of tokens, or --fit, is allowed")
+    from attnspan.planner.quantities import tokens
+    from attnspan.planner.report import table
+
+    made = make(model, tokens(context), memory=memory, **how)
+    rows = made.compare(budget) if compare else ()
+    lines = made.explain() if explain else ()
+    figures = {"plan": made.as_dict()}
+    if compare:
+        figures["compare"] = {"rows": [asdict(row) for row in rows]}
+    if explain:
+        figures["explain"] = {"lines": [asdict(line) for line in lines]}
+
+    def show() -> None:
+        click.echo(made)
+        if compare:
+            click.echo(f"\n{table(rows)}")
+        if explain:
+            click.echo("\n" + "\n".join(str(line) for line in lines))
+
+    options.give(figures, json, show)
+
+
+def _list(json: str | None) -> None:
+    from attnspan.planner.spec import MODELS, model
+
+    specs = [model(name) for name in MODELS]
+    figures = {"models": [{"name": each.name, "source": each.source} for each in specs]}
+    options.give(figures, json, lambda: click.echo("\n".join(each.name for each in specs)))

@@ -11,14 +11,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnspan.planner import activations
 from attnspan.planner.activations import Peak, prefill_peak
-from attnspan.planner.engines import CacheBytes, LayerCache, cache_bytes, layer_policies
-from attnspan.planner.links import Device, Link, find_device, machine
-from attnspan.planner.quantities import MOST_TOKENS, size
-from attnspan.planner.seen import CAUSAL, Capped, Chunks, View, of_pattern, of_policy, of_window
-from attnspan.planner.spec import ModelSpec, from_config, model as find_model
-from attnspan.planner.weights import embeddings, multiplied, read_bytes, weight_bytes
-from attnspan.policies import KeepAll, PerLayer, Policy, SinkWindow, Window, parse
+from attnspan.planner.engines import CacheBytes, cache_bytes
+from attnspan.planner.layers import (
+    Kind,
+    every_layer,
+    layer_kinds,
+    layer_views,
+    pattern_cache,
+    ring_patterns,
+    token_bytes,
+)
+from attnspan.planner.links import Device, Link, Machine, find_device, machine
+from attnspan.planner.phases import Phase, decode, prefill
+from attnspan.planner.quantities import MOST_TOKENS, shown, size
+from attnspan.planner.spec import ModelSpec, from_config
+from attnspan.planner.spec import model as find_model
+from attnspan.planner.stack import Factor, stack
+from attnspan.planner.weights import distinct, weight_bytes
+from attnspan.policies import PerLayer, Policy, parse
 
 if TYPE_CHECKING:
     from attnspan.patterns.algebra import Pattern
@@ -27,64 +39,6 @@ if TYPE_CHECKING:
     from attnspan.planner.prefill import Prefill
 
 ITEMSIZE = 2  # bytes of a number in bf16, which everything dense is held in
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Layers that are alike.
-
-    Attributes:
-        name: "full", "sliding", "chunked" or "latent"; "shared, ..." where they read the keys and
-            values of earlier layers.
-        sees: what of the stream, in words: a policy, a window, a pattern.
-        layers: how many.
-        held: tokens whose keys and values a layer holds, of one sequence.
-        bytes: of keys and values, all of these layers and the batch.
-        read: keys that the last token of the context sees, in one layer.
-        pairs: of a query and a key that it sees, in one layer's prefill of one sequence.
-        view: what the figures come from.
-    """
-
-    name: str
-    sees: str
-    layers: int
-    held: int
-    bytes: int
-    read: int
-    pairs: int
-    view: View
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The prefill, or one step of decoding, of the whole batch. On a ring: of one device.
-
-    Attributes:
-        linear: operations of matrix products with weights, two for each weight and token.
-        attention: operations of attention, two for each number that is multiplied.
-        bytes: that must be moved at the least.
-        seconds: by the device's rates.
-        ridge: operations a byte from which on the device computes longer than it reads.
-    """
-
-    linear: int
-    attention: int
-    bytes: int
-    seconds: float
-    ridge: float
-
-    @property
-    def operations(self) -> int:
-        return self.linear + self.attention
-
-    @property
-    def intensity(self) -> float:
-        """Operations a byte."""
-        return self.operations / self.bytes
-
-    @property
-    def bound(self) -> str:
-        return "compute" if self.intensity >= self.ridge else "memory"
 
 
 @dataclass(frozen=True)
@@ -100,20 +54,6 @@ class Working:
     head: int
     standard: int
     flash: int
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One optimisation, and what it does to one quantity: `before / after`."""
-
-    name: str
-    quantity: str
-    before: int
-    after: int
-
-    @property
-    def ratio(self) -> float:
-        return self.before / self.after if self.after else float("inf")
 
 
 @dataclass(frozen=True)
@@ -189,7 +129,7 @@ class Plan:
     @cached_property
     def stack(self) -> tuple[Factor, ...]:
         """What each optimisation does, and to what; the cache's factors multiply to their whole."""
-        return _stack(self)
+        return stack(self)
 
     def compare(self, budget: int | None = None) -> tuple[Row, ...]:
         """The same with other policies and patterns of the same budget of tokens."""
@@ -276,38 +216,38 @@ def plan(
         limit = size(memory) if isinstance(memory, str) else memory
         _check_counts(memory=(limit, 2**62))
 
-    patterns = _patterns(pattern, spec)
-    views, words = _views(spec, policy, patterns)
-    token = _token(spec, str(storage))
+    patterns = None if pattern is None else every_layer(pattern, spec)
+    views, words = layer_views(spec, policy, patterns)
+    token = token_bytes(spec, str(storage))
     if patterns is None:
         cache = cache_bytes(
             spec, context, batch=batch, policy=policy, storage=storage, engine=engine
         )
     else:
-        cache = _pattern_cache(spec, views, context, batch, token)
+        cache = pattern_cache(spec, views, context, batch, token)
+    kinds = layer_kinds(spec, views, words, cache, context, patterns is not None)
     held_weights = weight_bytes(spec, weights)
-    read_token = token
-    if engine == "transformers" and spec.latent is not None:
-        first = next(layer for layer in cache.layers if layer.slots)
-        read_token = first.bytes // (first.slots * batch)
-    kinds = _kinds(spec, views, words, cache, context)
-    flash = prefill_peak(
-        spec, context, batch=batch, attention="flash", engine=_peak(engine), chunk=chunk
-    )
-    standard = prefill_peak(
-        spec, context, batch=batch, attention="standard", engine=_peak(engine), chunk=chunk
-    )
-    working = Working(context * min(context, chunk or context) * ITEMSIZE, standard.working, flash.working)
+    peak, working = _activations(spec, context, batch, engine, chunk, devices)
+    ahead = prefill(spec, kinds, context, batch, weights, rates, devices, token)
     ring, share, hop = None, cache.total, None
     if devices > 1:
-        ring, hop = _ring(spec, views, context, devices, rates, link)
-        share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
-        flash = _ring_peak(ring)
-    decodes = all(view.decodes(context) for view in set(views))
-    ahead = _prefill(spec, kinds, context, batch, weights, rates, devices, token)
-    if ring is not None:
+        from attnspan.planner.prefill import Simulation
+
+        hop = machine(link).link
+        patterns = ring_patterns(spec, policy) if patterns is None else patterns
+        simulation = Simulation(spec, context, Machine(rates, hop), pattern=patterns)
+        ring = simulation.prefill(devices, simulation.choose(devices))
         ahead = replace(ahead, seconds=batch * ring.seconds)
-    step = _decode(spec, kinds, batch, weights, rates, devices, read_token, hop) if decodes else None
+        share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
+        held = ring.memory - ring.weights - ring.cache
+        peak = Peak(held, "a layer", (("a layer, and what the ring's schedule holds", held),), 0)
+    read = token
+    if engine == "transformers" and spec.latent is not None:  # it holds what latents expand to
+        first = next(layer for layer in cache.layers if layer.slots)
+        read = first.bytes // (first.slots * batch)
+    step = None
+    if all(view.decodes(context) for view in set(views)):
+        step = decode(spec, kinds, batch, weights, rates, devices, read, hop)
     return Plan(
         spec=spec,
         context=context,
@@ -326,13 +266,15 @@ def plan(
         cache=cache,
         cache_share=share,
         weights=held_weights,
-        activations=flash,
+        activations=peak,
         working=working,
         prefill=ahead,
         decode=step,
-        token_bytes=read_token,
+        token_bytes=read,
         ring=ring,
-        notes=_notes(spec, context, cache, weights, devices, decodes, kinds),
+        notes=_notes(
+            spec, context, batch, cache, weights, devices, kinds, step is not None, bool(pattern)
+        ),
     )
 
 
@@ -374,211 +316,67 @@ def _pattern_text(pattern: Pattern | Sequence[Pattern]) -> str:
     return str(pattern)
 
 
-def _patterns(
-    pattern: Pattern | Sequence[Pattern] | None, spec: ModelSpec
-) -> tuple[Pattern, ...] | None:
-    if pattern is None:
-        return None
-    given = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,) * spec.layers
-    if len(given) != spec.layers:
-        raise ValueError(
-            f"pattern has {len(given)} layers; one pattern, or one for each of the model's "
-            f"{spec.layers}, is allowed"
-        )
-    return given
-
-
-def _views(
-    spec: ModelSpec, policy: Policy | PerLayer | None, patterns: tuple[Pattern, ...] | None
-) -> tuple[tuple[View, ...], tuple[str, ...]]:
-    """Each layer's view, and what it sees in words."""
-    if patterns is not None:
-        made = {each: of_pattern(each) for each in set(patterns)}
-        return tuple(made[each] for each in patterns), tuple(str(each) for each in patterns)
-    views, words = [], []
-    policies = layer_policies(spec, policy) if policy is not None else (None,) * spec.layers
-    for window, chosen in zip(spec.windows, policies, strict=True):
-        if chosen is None or isinstance(chosen, KeepAll) or chosen == Window(window or 0 + 1):
-            views.append(of_window(window, spec.chunked))
-            kind = "the last {:,}" if not spec.chunked else "its chunk of {:,}"
-            words.append("all" if window is None else kind.format(window))
-        else:
-            views.append(of_policy(chosen))
-            words.append(str(chosen))
-    return tuple(views), tuple(words)
-
-
-def _token(spec: ModelSpec, storage: str) -> int:
-    """Bytes of one token's keys and values in a layer of its own."""
-    open_spec = replace(spec, windows=(None,) * spec.layers, chunked=False)
-    return max(layer.bytes for layer in cache_bytes(open_spec, 1, storage=storage).layers)
-
-
-def _pattern_cache(
-    spec: ModelSpec, views: tuple[View, ...], context: int, batch: int, token: int
-) -> CacheBytes:
-    shares = spec.shares or (None,) * spec.layers
-    held = {view: view.hold(context) for view in set(views)}
-    layers = tuple(
-        LayerCache(held[view], held[view] * token * batch) if of is None else LayerCache(0, 0)
-        for view, of in zip(views, shares, strict=True)
+def _activations(
+    spec: ModelSpec, context: int, batch: int, engine: str, chunk: int | None, devices: int
+) -> tuple[Peak, Working]:
+    """Engines whose prefill isn't known are given the least there is."""
+    known = engine if engine in activations.ENGINES else "theory"
+    flash, standard = (
+        prefill_peak(spec, context, batch=batch, attention=kind, engine=known, chunk=chunk)
+        for kind in ("flash", "standard")
     )
-    return CacheBytes("theory", layers)
+    rows = min(-(-context // devices), chunk or context)
+    head, every = rows * context * ITEMSIZE, batch * spec.heads
+    if devices > 1:
+        return flash, Working(head, every * head, 4 * every * rows)
+    # Where something else of a layer is wider, the peak isn't attention's.
+    return flash, Working(head, standard.working or every * head, flash.working or 4 * every * rows)
 
 
-def _peak(engine: str) -> str:
-    """Whose prefill is counted: engines without one of their own are given the least."""
-    return engine if engine in ("theory", "transformers") else "theory"
-
-
-def _kinds(
+def _notes(
     spec: ModelSpec,
-    views: tuple[View, ...],
-    words: tuple[str, ...],
+    context: int,
+    batch: int,
     cache: CacheBytes,
-    context: int,
-) -> tuple[Kind, ...]:
-    shares = spec.shares or (None,) * spec.layers
-    found: dict[tuple[str, str, View, int], list[int]] = {}
-    for layer, (view, word, window, of) in enumerate(
-        zip(views, words, spec.windows, shares, strict=True)
-    ):
-        name = "full" if window is None else "chunked" if spec.chunked else "sliding"
-        name = f"{name}, latent" if spec.latent is not None else name
-        name = name if of is None else f"{name}, shared"
-        found.setdefault((name, word, view, cache.layers[layer].slots), []).append(layer)
-    counted = {view: (view.read(context), view.pairs(context)) for view in set(views)}
-    return tuple(
-        Kind(
-            name,
-            word,
-            len(layers),
-            slots,
-            sum(cache.layers[layer].bytes for layer in layers),
-            *counted[view],
-            view,
+    weights: str,
+    devices: int,
+    kinds: Sequence[Kind],
+    decodes: bool,
+    patterned: bool,
+) -> tuple[str, ...]:
+    notes = []
+    if spec.trained_length is not None and context > spec.trained_length:
+        notes.append(
+            f"{spec.name} was trained for {spec.trained_length:,} positions; {context:,} tokens "
+            "are beyond."
         )
-        for (name, word, view, slots), layers in found.items()
-    )
-
-
-def pair_operations(spec: ModelSpec) -> int:
-    """Operations of attention for a pair and query head, in prefill.
-
-    `2 * head_dim` for the score and as many for the value; with latent attention the key is
-    `nope + rope` wide and the value as it is.
-    """
-    if spec.latent is None:
-        return 4 * spec.head_dim
-    return 2 * (spec.latent.nope + spec.latent.rope) + 2 * spec.latent.value
-
-
-def read_operations(spec: ModelSpec) -> int:
-    """The same for a key that a decoded token reads.
-
-    Latents are read as they are: a query is turned into their space (DeepSeek-V2, section 2.1.2),
-    which takes `2 * (rank + rope)` for a score and `2 * rank` for a value.
-    """
-    if spec.latent is None:
-        return 4 * spec.head_dim
-    return 2 * (spec.latent.rank + spec.latent.rope) + 2 * spec.latent.rank
-
-
-def _prefill(
-    spec: ModelSpec,
-    kinds: tuple[Kind, ...],
-    context: int,
-    batch: int,
-    weights: str,
-    device: Device,
-    devices: int,
-    token: int,
-) -> Phase:
-    """The output layer sees the last token alone. Weights are read once, all experts of them; keys
-    and values are written once and read once; activations aren't counted."""
-    output = spec.vocabulary * spec.hidden
-    linear = 2 * batch * (context * multiplied(spec) + output)
-    pairs = sum(kind.layers * kind.pairs for kind in kinds)
-    attention = pair_operations(spec) * spec.heads * batch * pairs
-    weighed = weight_bytes(spec, weights) - (0 if spec.tied else 2 * output)
-    owners = sum(kind.layers for kind in kinds if kind.held)
-    moved = weighed + 2 * batch * context * token * owners
-    return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device)
-
-
-def _decode(
-    spec: ModelSpec,
-    kinds: tuple[Kind, ...],
-    batch: int,
-    weights: str,
-    device: Device,
-    devices: int,
-    token: int,
-    link: Link | None,
-) -> Phase:
-    linear = 2 * batch * (multiplied(spec) + spec.vocabulary * spec.hidden)
-    share = [(kind.layers, -(-kind.read // devices)) for kind in kinds]
-    reads = sum(layers * read for layers, read in share)
-    attention = read_operations(spec) * spec.heads * batch * reads
-    moved = read_bytes(spec, weights, batch) + batch * token * reads
-    found = _phase(spec, linear, attention, moved, device)
-    if link is None:
-        return found
-    # As attnspan.planner.ring.decode_cost: partial outputs and log-sum-exps, in fp32.
-    part = batch * spec.heads * (spec.head_dim + 1) * 4 * (devices - 1)
-    return replace(
-        found,
-        seconds=found.seconds + spec.layers * (link.latency + part / link.bandwidth),
-    )
-
-
-def _phase(spec: ModelSpec, linear: int, attention: int, moved: int, device: Device) -> Phase:
-    """Computing and moving go on side by side; each layer's attention takes a call's time more."""
-    computing = linear / device.linear + attention / device.forward
-    seconds = max(computing, moved / device.memory_bandwidth) + spec.layers * device.call
-    return Phase(linear, attention, moved, seconds, device.linear / device.memory_bandwidth)
-
-
-def _ring(
-    spec: ModelSpec,
-    views: tuple[View, ...],
-    context: int,
-    devices: int,
-    device: Device,
-    link: str,
-) -> tuple[Prefill, Link]:
-    """The prefill on a ring, by its cheapest schedule."""
-    from attnspan.planner.links import Machine
-    from attnspan.planner.prefill import Simulation
-
-    hop = machine(link).link
-    simulation = Simulation(
-        spec, context, Machine(device, hop), pattern=[_as_pattern(view) for view in views]
-    )
-    return simulation.prefill(devices, simulation.choose(devices)), hop
-
-
-def _as_pattern(view: View) -> Pattern:
-    from attnspan.patterns.library import Blockwise, Causal, SlidingWindow, Strided
-    from attnspan.planner.seen import Counted, Strides
-
-    match view:
-        case Capped(None):
-            return Causal()
-        case Capped(kept, 1):
-            return SlidingWindow(kept + 1)
-        case Chunks(block, before):
-            return Blockwise(block, before)
-        case Strides(window, stride):
-            return Strided(window, stride)
-        case Counted(pattern):
-            return pattern
-    raise ValueError(
-        "policy: on a ring keep-all, windows and sinks with a window of block 1 are allowed; others "
-        "decide token by token, where no device has all tokens"
-    )
-
-
-def _ring_peak(ring: Prefill) -> Peak:
-    held = ring.memory - ring.weights - ring.cache
-    return Peak(held, "a layer, and what the ring's schedule holds", (("a device's shard", held),), 0)
+    if cache.full_pages is not None and cache.full_pages != cache.total:
+        notes.append(
+            f"Where sliding layers are given room for all tokens, the cache is "
+            f"{shown(cache.full_pages)} instead of {shown(cache.total)}."
+        )
+    notes += cache.notes
+    if weights != "bf16":
+        notes.append(
+            f"{weights} weights: codes and an fp16 scale for each 128; the embedding and the output "
+            "layer stay in bf16. They are multiplied as bf16, at its rate."
+        )
+    if spec.experts is not None:
+        total, active = spec.experts.total, spec.experts.active
+        notes.append(
+            f"A token takes {active} of {total} experts; a decoding step of {batch} reads "
+            f"{distinct(total, active, batch):.4g} of them on average, prefill all."
+        )
+    if devices > 1:
+        notes.append(
+            f"{devices} devices share the context, and each holds all weights; figures are of one "
+            "device. Tensor parallelism is planned by `attnspan ring simulate`."
+        )
+    if not decodes:
+        notes.append("The pattern lets queries see later keys, so it can't decode token by token.")
+    elif patterned and any(kind.held > kind.read for kind in kinds):
+        notes.append(
+            "Under this pattern later queries see keys that the last one doesn't, so more is held "
+            "than a token reads."
+        )
+    return tuple(notes)
