@@ -41,3 +41,400 @@ def explain(plan: Plan) -> tuple[Line, ...]:
 
 def _text(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _token(spec: ModelSpec, storage: str) -> tuple[str, str]:
+    if spec.latent is not None:
+        return "(rank + rope) * 2", f"({spec.latent.rank} + {spec.latent.rope}) * 2"
+    kv, dim = spec.kv_heads, spec.head_dim
+    match storage:
+        case "int8":
+            return "2 * kv_heads * (head_dim + 2)", f"2 * {kv} * ({dim} + 2)"
+        case "int4":
+            words = "kv_heads * (head_dim + 2 * (head_dim // 32) + 4)"
+            return words, f"{kv} * ({dim} + 2 * ({dim} // 32) + 4)"
+    return "2 * kv_heads * head_dim * 2", f"2 * {kv} * {dim} * 2"
+
+
+def _cache(plan: Plan) -> list[Line]:
+    spec, batch = plan.spec, plan.batch
+    words, numbers = _token(spec, plan.storage)
+    token, lines = plan.token_bytes, []
+    if plan.engine == "transformers" and spec.latent is not None:
+        words, numbers = "as the engine holds it", str(token)
+    lines.append(Line("keys and values of a token in a layer", words, numbers, token, "bytes"))
+    for kind in plan.kinds:
+        about = f"{kind.name}: {kind.sees}"
+        if not kind.held:
+            continue
+        words, numbers = _held(plan, kind)
+        lines.append(Line(f"tokens held, {about}", words, numbers, kind.held, "tokens"))
+        words, numbers = "layers * batch * held * token", (
+            f"{kind.layers} * {batch} * {kind.held} * {token}"
+        )
+        if kind.layers * batch * kind.held * token != kind.bytes:
+            words = "layers * bytes of one, as the engine allocates"
+            numbers = f"{kind.layers} * {kind.bytes // kind.layers}"
+        lines.append(Line(f"cache, {about}", words, numbers, kind.bytes, "bytes"))
+    parts = [str(kind.bytes) for kind in plan.kinds if kind.held]
+    parts += [str(plan.cache.other)] if plan.cache.other else []
+    lines.append(Line("KV cache", "its parts", " + ".join(parts), plan.cache.total, "bytes"))
+    if plan.devices > 1:
+        lines.append(
+            Line(
+                "KV cache of a device",
+                "layers * batch * ceil(held / devices) * token",
+                " + ".join(
+                    f"{kind.layers} * {batch} * -(-{kind.held} // {plan.devices}) * {token}"
+                    for kind in plan.kinds
+                    if kind.held
+                ),
+                plan.cache_share,
+                "bytes",
+            )
+        )
+    return lines
+
+
+def _held(plan: Plan, kind: Kind) -> tuple[str, str]:
+    n = plan.context
+    match kind.view:
+        case Capped(None) if kind.held == n:
+            return "context", str(n)
+        case Capped(int(kept), 1) if kind.held == min(n, kept + 1):
+            return "min(context, seen)", f"min({n}, {kept + 1})"
+        case Capped(int(kept), block) if kind.held == min(n, kept + block):
+            return "min(context, kept + block)", f"min({n}, {kept} + {block})"
+        case Chunks(block, before) if kind.held == min(n, block * (1 + before)):
+            return "min(context, chunk)", f"min({n}, {block * (1 + before)})"
+        case _ if plan.engine == "theory":
+            return "the most that is held at once", str(kind.held)
+    return f"as {plan.engine} allocates", str(kind.held)
+
+
+def _coded(count: str, kind: str) -> str:
+    if kind == "bf16":
+        return f"2 * {count}"
+    codes = f"-(-{count} * {8 if kind == 'int8' else 4} // 8)"
+    return f"{codes} + 2 * -(-{count} // 128)"
+
+
+def _weights(plan: Plan) -> list[Line]:
+    spec, kind = plan.spec, plan.weights_kind
+    tables = embeddings(spec)
+    words = {
+        "bf16": "2 * matrices + 2 * embeddings",
+        "int8": "matrices + 2 * ceil(matrices / 128) + 2 * embeddings",
+        "int4": "matrices / 2 + 2 * ceil(matrices / 128) + 2 * embeddings",
+    }[kind]
+    times = 1 if spec.tied else 2
+    return [
+        Line(
+            "embeddings" if spec.tied else "embedding and output layer",
+            f"{times} * vocabulary * hidden",
+            f"{times} * {spec.vocabulary} * {spec.hidden}",
+            tables,
+            "weights",
+        ),
+        Line(
+            "matrices",
+            "parameters - embeddings",
+            f"{spec.parameters} - {tables}",
+            spec.parameters - tables,
+            "weights",
+        ),
+        Line(
+            f"weights in {kind}",
+            words,
+            f"{_coded(str(spec.parameters - tables), kind)} + 2 * {tables}",
+            plan.weights,
+            "bytes",
+        ),
+    ]
+
+
+def _memory(plan: Plan) -> list[Line]:
+    peak = plan.activations
+    lines = [
+        Line(
+            f"prefill's activations ({peak.phase})",
+            " + ".join(name for name, _ in peak.parts),
+            " + ".join(str(count) for _, count in peak.parts),
+            peak.bytes,
+            "bytes",
+        ),
+        Line(
+            "memory of a device",
+            "weights + cache + activations",
+            f"{plan.weights} + {plan.cache_share} + {peak.bytes}",
+            plan.total,
+            "bytes",
+        ),
+    ]
+    if plan.memory is not None and plan.spare is not None:
+        lines.append(
+            Line(
+                "to spare",
+                "memory - total",
+                f"{plan.memory} - {plan.total}",
+                plan.spare,
+                "bytes",
+            )
+        )
+    return lines
+
+
+def _working(plan: Plan) -> list[Line]:
+    spec, working, n = plan.spec, plan.working, plan.context
+    rows, every = working.head // (2 * n), plan.batch * spec.heads
+    lines = [
+        Line(
+            "scores of one head and layer",
+            "queries * keys * 2",
+            f"{rows} * {n} * 2",
+            working.head,
+            "bytes",
+        )
+    ]
+    for name, unit, words, value in (
+        ("standard attention", working.head, "batch * heads * scores", working.standard),
+        ("flash attention", 4 * rows, "batch * heads * 4 * queries", working.flash),
+    ):
+        if every * unit == value:
+            numbers = f"{plan.batch} * {spec.heads} * {unit}"
+        else:
+            words, numbers = "as the engine has it", str(value)
+        lines.append(Line(f"working memory of {name}", words, numbers, value, "bytes"))
+    return lines
+
+
+def _prefill(plan: Plan) -> list[Line]:
+    spec, n, batch, phase = plan.spec, plan.context, plan.batch, plan.prefill
+    share = f" // {plan.devices})" if plan.devices > 1 else ""
+    lead = "-(-" if share else ""
+    per, heads = pair_operations(spec), spec.heads
+    used = spec.active or spec.parameters
+    lines = [
+        Line(
+            "weights that a token is multiplied with",
+            "those of a token - embeddings",
+            f"{used} - {embeddings(spec)}",
+            multiplied(spec),
+            "weights",
+        ),
+        Line(
+            "prefill, products",
+            "2 * batch * (context * weights + vocabulary * hidden)" + (" / devices" * bool(share)),
+            f"{lead}(2 * {batch} * ({n} * {multiplied(spec)} + {spec.vocabulary} * {spec.hidden}))"
+            f"{share}",
+            phase.linear,
+            "operations",
+        ),
+    ]
+    for kind in plan.kinds:
+        words, numbers = _pairs(kind.view, n, kind.pairs)
+        lines.append(
+            Line(f"pairs, {kind.name}: {kind.sees}", words, numbers, kind.pairs, "pairs in a layer")
+        )
+    pairs = " + ".join(f"{kind.layers} * {kind.pairs}" for kind in plan.kinds)
+    lines.append(
+        Line(
+            "prefill, attention",
+            "batch * heads * operations of a pair * pairs of all layers"
+            + (" / devices" * bool(share)),
+            f"{lead}({batch} * {heads} * {per} * ({pairs})){share}",
+            phase.attention,
+            "operations",
+        )
+    )
+    owners = sum(kind.layers for kind in plan.kinds if kind.held)
+    output = 0 if spec.tied else 2 * spec.vocabulary * spec.hidden
+    stored = _token(spec, plan.storage)[1]
+    lines.append(
+        Line(
+            "prefill, bytes",
+            "weights - embedding + 2 * batch * context * token * layers",
+            f"{plan.weights} - {output} + 2 * {batch} * {n} * ({stored}) * {owners}",
+            phase.bytes,
+            "bytes",
+        )
+    )
+    return [*lines, *_rates(plan, "prefill")]
+
+
+def _decode(plan: Plan) -> list[Line]:
+    spec, n, batch, phase = plan.spec, plan.context, plan.batch, plan.decode
+    if phase is None:
+        return []
+    lines = []
+    for kind in plan.kinds:
+        words, numbers = _read(kind.view, n, kind.read)
+        lines.append(
+            Line(f"keys read, {kind.name}: {kind.sees}", words, numbers, kind.read, "keys")
+        )
+    reads = " + ".join(f"{kind.layers} * -(-{kind.read} // {plan.devices})" for kind in plan.kinds)
+    if plan.devices == 1:
+        reads = " + ".join(f"{kind.layers} * {kind.read}" for kind in plan.kinds)
+    output = f"{spec.vocabulary} * {spec.hidden}"
+    count = str(spec.parameters - embeddings(spec))
+    words = "matrices"
+    if spec.experts is not None:
+        total, active = spec.experts.total, spec.experts.active
+        count = f"({count} - {total} * (1 - {active} / {total}) ** {batch} * {expert(spec)!r})"
+        words = "(matrices - experts * (1 - active / experts) ** batch * expert)"
+    kind = plan.weights_kind
+    read = _coded(count, kind)
+    if spec.experts is not None:
+        read = f"round({read})"
+    lines += [
+        Line(
+            "one token, products",
+            "2 * batch * (weights + vocabulary * hidden)",
+            f"2 * {batch} * ({multiplied(spec)} + {output})",
+            phase.linear,
+            "operations",
+        ),
+        Line(
+            "one token, attention",
+            "batch * heads * operations of a key * keys of all layers",
+            f"{batch} * {spec.heads} * {read_operations(spec)} * ({reads})",
+            phase.attention,
+            "operations",
+        ),
+        Line(
+            "one token, bytes",
+            f"{words} in {kind} + 2 * vocabulary * hidden + batch * token * keys of all layers",
+            f"{read} + 2 * {output} + {batch} * {plan.token_bytes} * ({reads})",
+            phase.bytes,
+            "bytes",
+        ),
+    ]
+    return [*lines, *_rates(plan, "decode")]
+
+
+def _rates(plan: Plan, which: str) -> list[Line]:
+    phase = plan.prefill if which == "prefill" or plan.decode is None else plan.decode
+    name = "prefill" if which == "prefill" else "one token"
+    device, ring, link = plan.device, plan.ring, plan.link
+    seconds = (
+        "max(products / rate + attention / rate, bytes / bandwidth) + layers * call",
+        f"max({phase.linear} / {device.linear!r} + {phase.attention} / {device.forward!r}, "
+        f"{phase.bytes} / {device.memory_bandwidth!r}) + {plan.spec.layers} * {device.call!r}",
+    )
+    if ring is not None and which == "prefill":
+        seconds = (
+            "batch * (attention + products), as `attnspan ring simulate` has them",
+            f"{plan.batch} * ({ring.attention!r} + {ring.linear!r})",
+        )
+    elif link is not None:
+        part = plan.batch * plan.spec.heads * (plan.spec.head_dim + 1) * 4 * (plan.devices - 1)
+        seconds = (
+            f"{seconds[0]} + layers * (latency + outputs / link)",
+            f"{seconds[1]} + {plan.spec.layers} * ({link.latency!r} + {part} / {link.bandwidth!r})",
+        )
+    lines = [
+        Line(
+            f"{name}, intensity",
+            "operations / bytes",
+            f"({phase.linear} + {phase.attention}) / {phase.bytes}",
+            phase.intensity,
+            "operations a byte",
+        )
+    ]
+    if which == "prefill":
+        lines.append(
+            Line(
+                f"the ridge of {device.name}",
+                "products' rate / bandwidth",
+                f"{device.linear!r} / {device.memory_bandwidth!r}",
+                phase.ridge,
+                "operations a byte",
+            )
+        )
+    lines.append(Line(f"{name}, time", *seconds, phase.seconds, "s"))
+    return lines
+
+
+def _stack(plan: Plan) -> list[Line]:
+    lines = [
+        Line(f"times less, {each.name}", "before / after", f"{each.before} / {each.after}",
+             each.ratio, f"times ({each.quantity})")
+        for each in plan.stack
+        if each.after
+    ]
+    of_cache = [each for each in plan.stack if each.quantity == CACHE]
+    if of_cache:
+        lines.append(
+            Line(
+                "times less, KV cache in all",
+                "product of its factors",
+                f"{of_cache[0].before} / {of_cache[-1].after}",
+                of_cache[0].before / of_cache[-1].after,
+                "times",
+            )
+        )
+    return lines
+
+
+def _pairs(view: View, n: int, pairs: int) -> tuple[str, str]:
+    match view:
+        case Capped(None):
+            return "n * (n + 1) / 2", f"{n} * ({n} + 1) // 2"
+        case Capped(int(kept), 1):
+            w = min(n, kept + 1)
+            return "n * W - W * (W - 1) / 2", f"{n} * {w} - {w} * ({w} - 1) // 2"
+        case Capped(int(kept), b):
+            blocks, rest = divmod(n, b)
+            return "what each block's start keeps, and the tokens since", (
+                f"{b} * sum(min(k * {b}, {kept}) for k in range({blocks})) + {rest} * "
+                f"min({blocks * b}, {kept}) + {blocks} * {b} * ({b} + 1) // 2 + {rest} * "
+                f"({rest} + 1) // 2"
+            )
+        case Pooled(p):
+            blocks, rest = divmod(n, p.block)
+            b, start = p.block, p.sinks + p.window - 1
+
+            def kept(k: str) -> str:
+                groups = f"(max(0, {k} * {b} - {start}) // {p.rate})"
+                return f"({k} * {b} - {p.rate} * {groups} + min({p.memory}, {groups}))"
+
+            return "what each block's start keeps, and the tokens since", (
+                f"{b} * sum({kept('k')} for k in range({blocks})) + {rest} * {kept(str(blocks))} + "
+                f"{blocks} * {b} * ({b} + 1) // 2 + {rest} * ({rest} + 1) // 2"
+            )
+        case Chunks(block, before):
+            blocks, rest = divmod(n, block)
+            numbers = f"{blocks} * {block} * ({block} + 1) // 2 + {rest} * ({rest} + 1) // 2"
+            if before:
+                return "pairs of each block, and n - block queries with one before", (
+                    f"{numbers} + max(0, {n} - {block}) * {block}"
+                )
+            return "pairs of each block", numbers
+        case Strides(window, stride):
+            w = min(n, window)
+            first, last = -(-window // stride), (n - 1) // stride
+            return "n * W - W * (W - 1) / 2 + (n - d for each multiple d of the stride from W on)", (
+                f"{n} * {w} - {w} * ({w} - 1) // 2 + sum({n} - {stride} * k for k in "
+                f"range({first}, {last + 1}))"
+            )
+    return "counted", str(pairs)
+
+
+def _read(view: View, n: int, read: int) -> tuple[str, str]:
+    match view:
+        case Capped(None):
+            return "n", str(n)
+        case Capped(int(kept), 1):
+            return "min(n, seen)", f"min({n}, {kept + 1})"
+        case Capped(int(kept), b):
+            last = (n - 1) // b * b
+            return "kept at the last grid point, and since", f"min({last}, {kept}) + {n} - {last}"
+        case Chunks(block, before):
+            extra = f" + {block}" if before and n > block else ""
+            return "tokens of its block", f"({n} - 1) % {block} + 1{extra}"
+        case Strides(window, stride):
+            first, last = -(-window // stride), (n - 1) // stride
+            return "min(n, W) and multiples of the stride from W on", (
+                f"min({n}, {window}) + max(0, {last} - {first} + 1)"
+            )
+    return "counted", str(read)
