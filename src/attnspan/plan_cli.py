@@ -84,7 +84,9 @@ def plan(
     from attnspan.planner.plan import plan as make
 
     if fit:
-        _fit(model, context, memory, explain, json, **how)
+        if compare or explain:
+            raise ValueError("--fit has no --compare and no --explain; they are allowed without it")
+        _fit(model, context, memory, json, **how)
         return
     if context is None:
         raise ValueError("--context is missing; a number of tokens, or --fit, is allowed")
@@ -116,3 +118,38 @@ def _list(json: str | None) -> None:
     specs = [model(name) for name in MODELS]
     figures = {"models": [{"name": each.name, "source": each.source} for each in specs]}
     options.give(figures, json, lambda: click.echo("\n".join(each.name for each in specs)))
+
+
+def _fit(
+    model: str, context: str | None, memory: str | None, json: str | None, **how: Any
+) -> None:
+    from attnspan.planner.fit import cheapest, longest, table
+    from attnspan.planner.quantities import tokens
+
+    if context is None:
+        found = longest(model, memory=memory, **how)
+        figures = {
+            "context": found.context,
+            "plan": None if found.plan is None else found.plan.as_dict(),
+            "one_more": None if found.beyond is None else found.beyond.total,
+            "one_token": found.least.total,
+        }
+
+        def show() -> None:
+            click.echo(f"{found}\n")
+            click.echo(found.plan or found.least)
+
+        options.give({"longest": figures}, json, show)
+        return
+    candidates = cheapest(model, tokens(context), memory=memory, **how)
+    rows = [
+        {
+            "change": each.change,
+            "loses": each.loses,
+            "fits": each.fits,
+            "refused": each.why or None,
+            "plan": None if each.plan is None else each.plan.as_dict(),
+        }
+        for each in candidates
+    ]
+    options.give({"cheapest": {"candidates": rows}}, json, lambda: click.echo(table(candidates)))

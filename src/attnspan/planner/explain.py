@@ -9,7 +9,7 @@ from attnspan.planner.phases import pair_operations, read_operations
 from attnspan.planner.seen import Capped, Chunks, Pooled, Strides, View
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE
-from attnspan.planner.weights import embeddings, expert, multiplied
+from attnspan.planner.weight_bytes import embeddings, expert, multiplied
 
 if TYPE_CHECKING:
     from attnspan.planner.plan import Kind, Plan
@@ -26,8 +26,7 @@ class Line:
     unit: str
 
     def __str__(self) -> str:
-        """`name: formula = numbers = value unit`."""
-        return f"{self.name}: {self.formula} = {self.numbers} = {_text(self.value)} {self.unit}"
+        return f"{self.name}: {self.formula}\n    {self.numbers} = {_text(self.value)} {self.unit}"
 
 
 def explain(plan: Plan) -> tuple[Line, ...]:
@@ -210,8 +209,7 @@ def _working(plan: Plan) -> list[Line]:
 
 def _prefill(plan: Plan) -> list[Line]:
     spec, n, batch, phase = plan.spec, plan.context, plan.batch, plan.prefill
-    share = f" // {plan.devices})" if plan.devices > 1 else ""
-    lead = "-(-" if share else ""
+    share = " / devices" if plan.devices > 1 else ""
     per, heads = pair_operations(spec), spec.heads
     used = spec.active or spec.parameters
     lines = [
@@ -224,9 +222,8 @@ def _prefill(plan: Plan) -> list[Line]:
         ),
         Line(
             "prefill, products",
-            "2 * batch * (context * weights + vocabulary * hidden)" + (" / devices" * bool(share)),
-            f"{lead}(2 * {batch} * ({n} * {multiplied(spec)} + {spec.vocabulary} * {spec.hidden}))"
-            f"{share}",
+            "2 * batch * (context * weights + vocabulary * hidden)" + share,
+            _shared(f"2 * {batch} * ({n} * {multiplied(spec)} + {spec.vocabulary} * {spec.hidden})", plan),
             phase.linear,
             "operations",
         ),
@@ -241,8 +238,8 @@ def _prefill(plan: Plan) -> list[Line]:
         Line(
             "prefill, attention",
             "batch * heads * operations of a pair * pairs of all layers"
-            + (" / devices" * bool(share)),
-            f"{lead}({batch} * {heads} * {per} * ({pairs})){share}",
+            + share,
+            _shared(f"{batch} * {heads} * {per} * ({pairs})", plan),
             phase.attention,
             "operations",
         )
@@ -260,6 +257,10 @@ def _prefill(plan: Plan) -> list[Line]:
         )
     )
     return [*lines, *_rates(plan, "prefill")]
+
+
+def _shared(numbers: str, plan: Plan) -> str:
+    return f"-(-({numbers}) // {plan.devices})" if plan.devices > 1 else numbers
 
 
 def _decode(plan: Plan) -> list[Line]:
@@ -280,7 +281,7 @@ def _decode(plan: Plan) -> list[Line]:
     words = "matrices"
     if spec.experts is not None:
         total, active = spec.experts.total, spec.experts.active
-        count = f"({count} - {total} * (1 - {active} / {total}) ** {batch} * {expert(spec)!r})"
+        count = f"({count} - {total} * (1 - {active} / {total}) ** {batch} * {expert(spec):.15g})"
         words = "(matrices - experts * (1 - active / experts) ** batch * expert)"
     kind = plan.weights_kind
     read = _coded(count, kind)
@@ -318,19 +319,19 @@ def _rates(plan: Plan, which: str) -> list[Line]:
     device, ring, link = plan.device, plan.ring, plan.link
     seconds = (
         "max(products / rate + attention / rate, bytes / bandwidth) + layers * call",
-        f"max({phase.linear} / {device.linear!r} + {phase.attention} / {device.forward!r}, "
-        f"{phase.bytes} / {device.memory_bandwidth!r}) + {plan.spec.layers} * {device.call!r}",
+        f"max({phase.linear} / {device.linear:.15g} + {phase.attention} / {device.forward:.15g}, "
+        f"{phase.bytes} / {device.memory_bandwidth:.15g}) + {plan.spec.layers} * {device.call:.15g}",
     )
     if ring is not None and which == "prefill":
         seconds = (
             "batch * (attention + products), as `attnspan ring simulate` has them",
-            f"{plan.batch} * ({ring.attention!r} + {ring.linear!r})",
+            f"{plan.batch} * ({ring.attention:.15g} + {ring.linear:.15g})",
         )
     elif link is not None:
         part = plan.batch * plan.spec.heads * (plan.spec.head_dim + 1) * 4 * (plan.devices - 1)
         seconds = (
             f"{seconds[0]} + layers * (latency + outputs / link)",
-            f"{seconds[1]} + {plan.spec.layers} * ({link.latency!r} + {part} / {link.bandwidth!r})",
+            f"{seconds[1]} + {plan.spec.layers} * ({link.latency:.15g} + {part} / {link.bandwidth:.15g})",
         )
     lines = [
         Line(
@@ -346,7 +347,7 @@ def _rates(plan: Plan, which: str) -> list[Line]:
             Line(
                 f"the ridge of {device.name}",
                 "products' rate / bandwidth",
-                f"{device.linear!r} / {device.memory_bandwidth!r}",
+                f"{device.linear:.15g} / {device.memory_bandwidth:.15g}",
                 phase.ridge,
                 "operations a byte",
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from attnspan.planner.layers import Kind
 from attnspan.planner.links import Device, Link
 from attnspan.planner.spec import ModelSpec
-from attnspan.planner.weights import multiplied, read_bytes, weight_bytes
+from attnspan.planner.weight_bytes import multiplied, read_bytes, weight_bytes
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from attnspan.planner.quantities import MOST_TOKENS, shown, size
 from attnspan.planner.spec import ModelSpec, from_config
 from attnspan.planner.spec import model as find_model
 from attnspan.planner.stack import Factor, stack
-from attnspan.planner.weights import distinct, weight_bytes
+from attnspan.planner.weight_bytes import distinct, weight_bytes
 from attnspan.policies import PerLayer, Policy, parse
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def plan(
         memory: bytes of a device, or text such as "80GiB"; None: the device's own.
         device: a preset, "calibrated", or a file (`attnspan.planner.links.find_device`).
         link: between devices (`attnspan.planner.links.machine`).
-        weights: "bf16", "int8" or "int4" (`attnspan.planner.weights.weight_bytes`).
+        weights: "bf16", "int8" or "int4" (`attnspan.planner.weight_bytes.weight_bytes`).
         engine: whose allocation is counted (`attnspan.planner.engines`).
         chunk: tokens of a step of prefill; None: the whole prompt at once.
 

@@ -1,0 +1,203 @@
+"""What fits a memory: the longest context, or the least change to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnspan.planner.plan import Plan, plan
+from attnspan.planner.quantities import MOST_TOKENS, shown
+from attnspan.policies import SinkWindow
+
+CHUNK = 2048
+SINKS = 4
+LEAST_WINDOW = 256  # a window below that is no cache of a long context
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest context that fits.
+
+    Attributes:
+        plan: at that context; None: not even one token fits.
+        beyond: at one token more, which doesn't fit; None: the planner counts no further.
+        least: at one token.
+    """
+
+    plan: Plan | None
+    beyond: Plan | None
+    least: Plan
+
+    @property
+    def context(self) -> int:
+        """Tokens; 0: none."""
+        return self.plan.context if self.plan is not None else 0
+
+    def __str__(self) -> str:
+        memory = shown(self.least.memory or 0)
+        if self.plan is None:
+            return (
+                f"Nothing fits {memory}: one token takes {shown(self.least.total)}, of which "
+                f"{shown(self.least.weights)} are weights."
+            )
+        if self.beyond is None:
+            return (
+                f"Any context fits {memory}: at {self.context:,} tokens, the most that is counted, "
+                f"{shown(self.plan.total)} are taken."
+            )
+        return (
+            f"The longest context in {memory} is {self.context:,} tokens: {self.plan.total:,} of "
+            f"{self.plan.memory:,} bytes; one token more takes {self.beyond.total:,}."
+        )
+
+
+def longest(model: Any, **how: Any) -> Longest:
+    """The longest context that fits, to the token, by halving.
+
+    What is held never falls as a context grows, so what fits at a length fits at all shorter ones.
+
+    Args:
+        model, how: as in `attnspan.plan`.
+
+    Raises:
+        ValueError: the device's memory isn't known; or as in `attnspan.plan`.
+
+    >>> found = longest("mistral-7b-v0.3", memory="24GiB")
+    >>> found.context, found.plan.fits, found.beyond.fits
+    (54800, True, False)
+    """
+
+    def at(context: int) -> Plan:
+        return plan(model, context, **how)
+
+    least = _with_memory(at(1))
+    if not least.fits:
+        return Longest(None, None, least)
+    most = at(MOST_TOKENS)
+    if most.fits:
+        return Longest(most, None, least)
+    low, high = least, most
+    while high.context - low.context > 1:
+        middle = at((low.context + high.context) // 2)
+        low, high = (middle, high) if middle.fits else (low, middle)
+    return Longest(low, high, least)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One change.
+
+    Attributes:
+        change: in words; "as asked" for none.
+        loses: what it costs beside memory.
+        plan: None where it can't be had.
+        why: why it can't.
+    """
+
+    change: str
+    loses: str
+    plan: Plan | None
+    why: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and bool(self.plan.fits)
+
+
+def cheapest(model: Any, context: int, **how: Any) -> tuple[Candidate, ...]:
+    """Changes in the order of what they lose; the first that fits is the one to take.
+
+    1. as asked; 2. prefill in steps, which loses nothing; then, each with what came before it:
+    3. the cache in int8; 4. weights in int8; 5. the cache in int4; 6. weights in int4; at last
+    tokens are dropped for ever, 4 sinks and the largest window that fits: 7. with nothing else
+    changed, 8. with the cache in int8, 9. with weights in int8, too, 10. with both in int4. What is
+    asked to be smaller already is left so, and a policy that was asked for isn't widened. The order
+    follows what is published: int8 loses next to nothing (https://arxiv.org/abs/2208.07339), int4
+    little (https://arxiv.org/abs/2306.00978, https://arxiv.org/abs/2402.02750), and dropped tokens
+    can't be looked up again (https://arxiv.org/abs/2309.17453, section 4). Measure it:
+    `attnspan compare`.
+
+    Args:
+        model, context, how: as in `attnspan.plan`.
+
+    Raises:
+        ValueError: the device's memory isn't known; or as in `attnspan.plan`.
+    """
+    asked = _with_memory(plan(model, context, **how))
+    found = [Candidate("as asked", "nothing", asked)]
+    storages, weights = ("dense", "int8", "int4"), ("bf16", "int8", "int4")
+    first = storages.index(asked.storage), weights.index(asked.weights_kind)
+    steps = [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
+    changes = {(max(a, first[0]), max(b, first[1])): None for a, b in steps}
+    chunk: dict[str, Any] = {}
+    if asked.devices == 1 and asked.chunk is None and context > CHUNK:
+        chunk = {"chunk": CHUNK}
+        found.append(_try("prefill in steps", "nothing", model, context, {**how, **chunk}))
+    for storage, weight in list(changes)[1:]:
+        given = {**how, **chunk, "storage": storages[storage], "weights": weights[weight]}
+        name = f"{_steps(chunk)}{storages[storage]} cache, {weights[weight]} weights"
+        lost = "little" if 2 in (storage, weight) else "next to nothing"
+        found.append(_try(name, lost, model, context, given))
+    if how.get("policy") is None and how.get("pattern") is None:
+        for storage, weight in changes:
+            given = {**how, **chunk, "storage": storages[storage], "weights": weights[weight]}
+            name = f"{_steps(chunk)}{storages[storage]} cache, {weights[weight]} weights"
+            found.append(_dropping(name, model, context, given))
+    return tuple(found)
+
+
+def _steps(chunk: dict[str, Any]) -> str:
+    return "in steps, " if chunk else ""
+
+
+def _with_memory(given: Plan) -> Plan:
+    if given.memory is None:
+        raise ValueError(
+            f"memory of {given.device.name} isn't known; --memory, such as 80GiB, is needed to fit"
+        )
+    return given
+
+
+def _try(change: str, loses: str, model: Any, context: int, how: dict[str, Any]) -> Candidate:
+    try:
+        return Candidate(change, loses, plan(model, context, **how))
+    except ValueError as error:
+        return Candidate(change, loses, None, str(error))
+
+
+def _dropping(change: str, model: Any, context: int, how: dict[str, Any]) -> Candidate:
+    """Sinks and the largest window that fits, by halving."""
+
+    def at(window: int) -> Candidate:
+        policy = SinkWindow(SINKS, window)
+        return _try(f"{change}, {policy}", "dropped tokens", model, context, how | {"policy": policy})
+
+    low = at(LEAST_WINDOW)
+    if not low.fits:
+        return low
+    fits, wrong = LEAST_WINDOW, context
+    while wrong - fits > 1:
+        middle = (fits + wrong) // 2
+        fits, wrong = (middle, wrong) if at(middle).fits else (fits, middle)
+    return at(fits)
+
+
+def table(found: tuple[Candidate, ...]) -> str:
+    """The candidates, and which to take."""
+    width = max(len(each.change) for each in found)
+    taken = next((each for each in found if each.fits), None)
+    lines = [f"{'':{width}} {'loses':15} {'cache':>11} {'weights':>11} {'in all':>11}"]
+    for each in found:
+        if each.plan is None:
+            lines.append(f"{each.change:{width}} {each.loses:15} refused: {each.why}")
+            continue
+        mark = "fits" if each.fits else "doesn't fit"
+        mark += " <- the least change" if each is taken else ""
+        lines.append(
+            f"{each.change:{width}} {each.loses:15} {shown(each.plan.cache_share):>11} "
+            f"{shown(each.plan.weights):>11} {shown(each.plan.total):>11}  {mark}"
+        )
+    memory = shown(found[0].plan.memory or 0) if found[0].plan is not None else ""
+    if taken is None:
+        lines.append(f"Nothing of this fits {memory}.")
+    return "\n".join(lines)
