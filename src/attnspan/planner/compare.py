@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attnspan.planner.engines import CacheBytes, cache_bytes
 from attnspan.planner.layers import layer_kinds, layer_views, pattern_cache, token_bytes
-from attnspan.planner.phases import decode, prefill
+from attnspan.planner.operations import decode, prefill
 from attnspan.planner.seen import Capped, Chunks, Strides, View
 from attnspan.policies import Compressive, HeavyHitter, Policy, SinkWindow, Window
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attnspan.planner.phases import pair_operations, read_operations
+from attnspan.planner.operations import pair_operations, read_operations
 from attnspan.planner.seen import Capped, Chunks, Pooled, Strides, View
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE

@@ -24,7 +24,7 @@ from attnspan.planner.layers import (
     token_bytes,
 )
 from attnspan.planner.links import Device, Link, Machine, find_device, machine
-from attnspan.planner.phases import Phase, decode, prefill
+from attnspan.planner.operations import Phase, decode, prefill
 from attnspan.planner.quantities import MOST_TOKENS, shown, size
 from attnspan.planner.spec import ModelSpec, from_config
 from attnspan.planner.spec import model as find_model

@@ -12,7 +12,7 @@ from attnspan.planner.stack import CACHE, product
 
 if TYPE_CHECKING:
     from attnspan.planner.compare import Row
-    from attnspan.planner.phases import Phase
+    from attnspan.planner.operations import Phase
     from attnspan.planner.plan import Plan
 
 WIDTH = 100
