@@ -46,6 +46,7 @@ def test_json_file_and_schedules(capsys: pytest.CaptureFixture[str], tmp_path) -
     assert [row["devices"] for row in held["rows"]] == [2, 6]
     capsys.readouterr()
     assert len(rows(capsys, *given, "--schedule", "auto")) == 2
+    assert [row["devices"] for row in rows(capsys, "--schedule", "2x4")] == [8]
     assert [row["schedule"] for row in rows(capsys, "--devices", "8", "--schedule", "4x2")] == [
         "4x2"
     ]
@@ -91,14 +92,15 @@ BAD = {
     "model": (["--model", "gpt-5"], "model 'gpt-5' is not known; allowed are mistral-7b"),
     "context": (["--context", "1G"], "context '1G' is no number of tokens"),
     "devices": (["--devices", "few"], "devices 'few' is neither a list such as 1,2,4 nor"),
-    "too many": (["--devices", "2048"], "size is 2048; a whole number from 1 to 1024"),
+    "too many": (["--devices", "2048"], "devices has 2048 in it; at most 1024 are allowed"),
     "link": (["--link", "pcie"], "link 'pcie' is not known; allowed are nvlink, ib, eth"),
     "device": (["--device", "tpu"], "device 'tpu' is not known; allowed are h200"),
     "pattern": (["--pattern", "Widow(4)"], "pattern 'Widow(4)' has 'Widow(4)' in it"),
     "no closed form": (["--pattern", "~Causal()"], "pattern ~Causal() has no closed form"),
     "layout": (["--layout", "spiral"], "layout 'spiral' is not known; allowed are contiguous"),
     "striped window": (["--layout", "striped"], "Causal() and Full() are allowed"),
-    "schedule": (["--schedule", "star"], "schedule 'star' is not known; allowed are ring"),
+    "schedule": (["--schedule", "star"], "'star' is not known; allowed are ring, allgather, uly"),
+    "schedules": (["--schedule", "0x4"], "RxU such as 2x4, auto and all"),
     "heads": (["--schedule", "ulysses", "--devices", "64"], "32 query heads among 64 ranks"),
     "no tensor": (["--tensor-parallel", "0"], "'--tensor-parallel': 0 is given; a whole number"),
     "tensor": (["--tensor-parallel", "3"], "tensor-parallel is 3; mistral-7b has 32 query heads"),

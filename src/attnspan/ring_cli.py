@@ -42,9 +42,8 @@ def ring(context: click.Context) -> None:
 )
 @click.option(
     "--devices",
-    default="1..1024",
     metavar="LIST",
-    help="1,2,12, or 1..1024: the powers of two in between.",
+    help="1,2,12, or 1..1024, the default: the powers of two in between.",
 )
 @click.option(
     "--link",
@@ -77,7 +76,7 @@ def ring(context: click.Context) -> None:
 def simulate(
     model: str,
     context: str,
-    devices: str,
+    devices: str | None,
     link: str,
     device: str | None,
     pattern: str | None,
@@ -96,8 +95,17 @@ def simulate(
     from attnspan.planner.prefill import Simulation
     from attnspan.planner.quantities import devices as parse_devices
     from attnspan.planner.quantities import tokens
+    from attnspan.planner.ring import SCHEDULES, mixed
     from attnspan.planner.spec import model as find
 
+    mix = mixed(schedule)
+    if mix is None and schedule not in (*SCHEDULES, "auto", "all"):
+        raise ValueError(
+            f"schedule {schedule!r} is not known; allowed are {', '.join(SCHEDULES)}, RxU such as "
+            "2x4, auto and all"
+        )
+    if devices is None:  # of a mix there is but one number of ranks
+        devices = "1..1024" if mix is None else str(mix[0] * mix[1] * tensor_parallel)
     spec, length, rates = find(model), tokens(context), machine(link, device)
     simulation = Simulation(
         spec,
@@ -258,7 +266,7 @@ def _rows(
     simulation: Simulation, numbers: list[int], schedule: str
 ) -> tuple[list[Prefill], list[str]]:
     """The rows that can run, and why the others can't."""
-    from attnspan.planner.ring import lack
+    from attnspan.planner.ring import SCHEDULES, lack
 
     rows: list[Prefill] = []
     refused: dict[str, str] = {}  # by schedule, the fewest devices first
@@ -268,7 +276,7 @@ def _rows(
         if schedule == "auto" or size == 1:
             wanted = [simulation.choose(number)]
         elif schedule == "all":
-            wanted = ["ring", "allgather", "ulysses"]
+            wanted = [*SCHEDULES]
             best = simulation.choose(number)
             wanted += [best] if best not in wanted else []
         for each in wanted:

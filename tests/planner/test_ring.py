@@ -176,7 +176,7 @@ def test_choose_takes_a_plan_that_was_counted() -> None:
         ("star", "schedule 'star' is not known; allowed are ring, allgather, ulysses, and RxU"),
         ("2x", "schedule '2x' is not known"),
         ("2x4", "schedule 2x4 is for 8 ranks, not 4"),
-        ("0x4", "schedule 0x4 is for 0 ranks, not 4"),
+        ("0x4", "schedule .0x4. is not known; allowed are ring"),
     ],
 )
 def test_bad_schedules(schedule: str, expected: str) -> None:

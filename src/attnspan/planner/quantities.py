@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+MOST_RANKS = 1024
 MOST_TOKENS = 2**31
 _SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 _UNITS = {"B": 1} | {
@@ -41,7 +42,8 @@ def devices(text: str, step: int = 1) -> list[int]:
         step: devices of a rank of the ring; of a range, multiples of it.
 
     Raises:
-        ValueError: it is neither, or has a number that isn't positive or no multiple of `step`.
+        ValueError: it is neither, or has a number that isn't positive, no multiple of `step`, or
+            more than the planner counts.
 
     >>> devices("1..64"), devices("1..64", 8), devices("3, 12")
     ([1, 2, 4, 8, 16, 32, 64], [8, 16, 32, 64], [3, 12])
@@ -55,6 +57,10 @@ def devices(text: str, step: int = 1) -> list[int]:
     if not all(part.strip().isdecimal() for part in parts):
         raise wrong
     numbers = sorted({int(part) for part in parts})
+    if numbers[-1] > MOST_RANKS * step:
+        raise ValueError(
+            f"devices has {numbers[-1]} in it; at most {MOST_RANKS * step} are allowed"
+        )
     if not dots:
         for number in numbers:
             if number < 1 or number % step:

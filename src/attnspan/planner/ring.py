@@ -9,12 +9,14 @@ and two and a half times that backward.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attnspan.planner.links import Machine
 from attnspan.planner.work import Round, Work
 
+SCHEDULES = ("ring", "allgather", "ulysses")
 BACKWARD = 2.5
 _ALIKE = 0.01
 
@@ -77,6 +79,16 @@ class Cost:
         return 1 - self.exposed / self.communication if self.communication else 1.0
 
 
+def mixed(schedule: str) -> tuple[int, int] | None:
+    """R and U of a mix "RxU"; None: it is none.
+
+    >>> mixed("2x4"), mixed("ring")
+    ((2, 4), None)
+    """
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", schedule)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def split(schedule: str, size: int) -> tuple[int, int, bool]:
     """The ring's size, that of the groups that trade heads, and whether all comes in one round.
 
@@ -91,15 +103,16 @@ def split(schedule: str, size: int) -> tuple[int, int, bool]:
             return size, 1, schedule == "allgather"
         case "ulysses":
             return 1, size, False
-    rings, _, groups = schedule.partition("x")
-    if not (rings.isdecimal() and groups.isdecimal()):
+    mix = mixed(schedule)
+    if mix is None:
         raise ValueError(
-            f"schedule {schedule!r} is not known; allowed are ring, allgather, ulysses, and RxU "
-            "such as 2x4"
+            f"schedule {schedule!r} is not known; allowed are {', '.join(SCHEDULES)}, and RxU such "
+            "as 2x4"
         )
-    if int(rings) * int(groups) != size or not size:
-        raise ValueError(f"schedule {schedule} is for {int(rings) * int(groups)} ranks, not {size}")
-    return int(rings), int(groups), False
+    rings, groups = mix
+    if rings * groups != size:
+        raise ValueError(f"schedule {schedule} is for {rings * groups} ranks, not {size}")
+    return rings, groups, False
 
 
 def lack(schedule: str, size: int, heads: Heads) -> str:

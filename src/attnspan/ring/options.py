@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,13 +12,15 @@ from torch import Tensor
 from attnspan import partial
 from attnspan.dispatch import check_options, check_tensors
 from attnspan.patterns import Pattern
+from attnspan.planner.ring import SCHEDULES as PLANNED
+from attnspan.planner.ring import mixed
 from attnspan.ring.exchange import Exchange, check_layout, plan_exchange
 from attnspan.ring.layout import Layout
 from attnspan.ring.transport import Transport
 from attnspan.ring.ulysses import joined
 from attnspan.ring.ulysses import lacks as lacks_heads
 
-SCHEDULES = ("auto", "ring", "allgather", "ulysses")
+SCHEDULES = ("auto", *PLANNED)
 WIRES = (None, "int8")
 
 
@@ -113,13 +114,13 @@ def across_ranks(schedule: Any, size: int, heads: int, kv_heads: int) -> int:
     """
     if schedule in ("auto", "ring", "allgather"):
         return size
-    mixed = re.fullmatch(r"(\d{1,6})x(\d{1,6})", schedule) if isinstance(schedule, str) else None
-    if schedule != "ulysses" and mixed is None:
+    mix = mixed(schedule) if isinstance(schedule, str) else None
+    if schedule != "ulysses" and mix is None:
         raise ValueError(
             f"ring_attention: schedule is {schedule!r}; one of {', '.join(SCHEDULES)}, or RxU such "
             "as '2x4', is allowed"
         )
-    across, members = (1, size) if mixed is None else (int(mixed[1]), int(mixed[2]))
+    across, members = mix or (1, size)
     if across * members != size:
         raise ValueError(
             f"ring_attention: schedule is {schedule!r} on {size} ranks; two numbers whose product "
