@@ -15,7 +15,7 @@ from record import RESULTS, write
 
 from attnspan.planner.links import LINKS, machine
 from attnspan.planner.prefill import Simulation
-from attnspan.planner.spec import model
+from attnspan.planner.presets import model
 
 # Tokens, GPUs, seconds.
 PUBLISHED = (

@@ -89,7 +89,7 @@ def test_patterns_and_layouts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD = {
-    "model": (["--model", "gpt-5"], "model 'gpt-5' is not known; allowed are mistral-7b"),
+    "model": (["--model", "gpt-5"], "model 'gpt-5' is not known; close are "),
     "context": (["--context", "1G"], "context '1G' is no number of tokens"),
     "devices": (["--devices", "few"], "devices 'few' is neither a list such as 1,2,4 nor"),
     "too many": (["--devices", "2048"], "devices has 2048 in it; at most 1024 are allowed"),

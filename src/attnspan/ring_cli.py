@@ -93,10 +93,10 @@ def simulate(
     from attnspan.patterns.text import parse
     from attnspan.planner.links import machine
     from attnspan.planner.prefill import Simulation
+    from attnspan.planner.presets import model as find
     from attnspan.planner.quantities import devices as parse_devices
     from attnspan.planner.quantities import tokens
     from attnspan.planner.ring import SCHEDULES, mixed
-    from attnspan.planner.spec import model as find
 
     mix = mixed(schedule)
     if mix is None and schedule not in (*SCHEDULES, "auto", "all"):

@@ -5,11 +5,12 @@ from itertools import pairwise
 import pytest
 
 from attnspan.patterns import Causal, SlidingWindow
+from attnspan.planner.configs import from_config
 from attnspan.planner.links import LINKS, machine
 from attnspan.planner.prefill import Simulation
+from attnspan.planner.presets import model
 from attnspan.planner.quantities import devices, tokens
 from attnspan.planner.ring import lack
-from attnspan.planner.spec import from_config, model
 
 POWERS = [2**k for k in range(11)]
 
@@ -132,6 +133,35 @@ def test_what_is_refused() -> None:
         Simulation(spec, 1024, rates, weights="int3")
     with pytest.raises(ValueError, match="devices is 12; with tensor-parallel 8 a multiple"):
         Simulation(spec, 1024, rates, tensor=8).prefill(12, "ring")
+
+
+def test_what_a_ring_is_not_simulated_of() -> None:
+    rates = machine("ib")
+    shape = {"num_hidden_layers": 10, "num_kv_shared_layers": 5}
+    nested = from_config({"model_type": "gemma3n_text", **shape})
+    for spec, part in (
+        (model("deepseek-v3"), "multi-head latent attention"),
+        (from_config({"model_type": "llama4_text"}), "attention in chunks"),
+        (nested, "layers that read other layers' keys and values"),
+    ):
+        with pytest.raises(ValueError, match=f"has {part}; a ring of that isn't simulated"):
+            Simulation(spec, 1024, rates)
+
+
+def test_experts_are_held_by_all_and_multiplied_by_few() -> None:
+    """Mixtral 8x7B: 8 experts of 3 x 4,096 x 14,336 weights a layer, of which a token takes 2."""
+    one, apart = 3 * 4096 * 14_336, 2 * 32_000 * 4096
+    spec, rates = model("mixtral-8x7b"), machine("ib")
+    row = Simulation(spec, 8192, rates).prefill(1, "ring")
+    assert row.weights == 2 * 46_702_792_704
+    used = 46_702_792_704 - 32 * 6 * one - apart
+    assert row.linear == 2 * used * 8192 / 680e12
+    small = Simulation(spec, 8192, rates, weights="fp8").prefill(1, "ring")
+    assert small.weights == row.weights - 32 * 8 * one
+    assert small.linear == 2 * (used - 32 * 2 * one / 2) * 8192 / 680e12
+    # A token is as wide as the two experts that it takes.
+    dense = Simulation(model("mistral-7b-v0.3"), 8192, rates).prefill(1, "ring")
+    assert row.memory - row.weights - (dense.memory - dense.weights) == 2 * 8192 * 2 * 14_336
 
 
 @pytest.mark.parametrize("text", ["", "1G", "-3", "1.3", "0", "0.3K", "9999M", "1M1"])

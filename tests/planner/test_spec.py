@@ -1,137 +1,111 @@
-"""Shapes of models: presets by hand arithmetic, configs against transformers' own models."""
+"""What follows from a model's shape, by hand."""
 
-import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from attnspan.planner.spec import MODELS, from_config, model
+from attnspan.planner.configs import from_config
+from attnspan.planner.presets import model
+from attnspan.planner.spec import ModelSpec
 
-# Of the checkpoints' safetensors indices on Hugging Face.
-PUBLISHED = {
-    "mistral-7b": 7_241_732_096,
-    "mistral-7b-v0.3": 7_248_023_552,
-    "llama-2-7b": 6_738_415_616,
-    "llama-2-70b": 68_976_648_192,
-    "llama-3.1-8b": 8_030_261_248,
-    "llama-3.1-70b": 70_553_706_496,
-    "llama-3.1-405b": 405_853_388_800,
-    "qwen3-8b": 8_190_735_360,
-}
-# 2 (keys and values) x layers x KV heads x head_dim x 2 bytes.
-KV_BYTES = {
-    "mistral-7b": 2 * 32 * 8 * 128 * 2,
-    "mistral-7b-v0.3": 2 * 32 * 8 * 128 * 2,
-    "llama-2-7b": 2 * 32 * 32 * 128 * 2,
-    "llama-2-70b": 2 * 80 * 8 * 128 * 2,
-    "llama-3.1-8b": 2 * 32 * 8 * 128 * 2,
-    "llama-3.1-70b": 2 * 80 * 8 * 128 * 2,
-    "llama-3.1-405b": 2 * 126 * 8 * 128 * 2,
-    "qwen3-8b": 2 * 36 * 8 * 128 * 2,
-}
+GEMMA3N = from_config(
+    {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "sliding_window": 64,
+    }
+)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_presets(name: str) -> None:
-    spec = model(name.upper())
-    assert spec.name == name
-    assert spec.parameters == PUBLISHED[name]
-    assert spec.kv_bytes() == KV_BYTES[name]
-    assert spec.source.startswith("https://huggingface.co/")
-    assert spec.windows == ((4096,) if name == "mistral-7b" else (None,)) * spec.layers
-    untied = 2 * spec.vocabulary * spec.hidden
-    assert spec.linear_parameters == spec.parameters - untied
+def test_layers_that_share_hold_nothing() -> None:
+    assert GEMMA3N.windows == (64, 64, 64, 64, None) * 2
+    assert GEMMA3N.shares == (None,) * 5 + (3, 3, 3, 3, 4)
+    assert GEMMA3N.owners == (0, 1, 2, 3, 4)
+    assert GEMMA3N.full_layers == (4, 9)
+    assert GEMMA3N.sliding_layers == (0, 1, 2, 3, 5, 6, 7, 8)
+    widths = [GEMMA3N.kv_width(layer) for layer in range(10)]
+    assert widths == [2 * 2 * 256] * 5 + [0] * 5
+    assert GEMMA3N.kv_bytes() == 2 * 5 * 2 * 256 * 2
 
 
-TINY = {
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "vocab_size": 50,
-}
-FAMILIES = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "qwen3": {"tie_word_embeddings": True},
-    "phi3": {"head_dim": 16, "pad_token_id": 0},
-    "gemma": {},
-    "gemma2": {"sliding_window": 8},
-    "gemma3_text": {"sliding_window": 8},
-    "olmo2": {"head_dim": 16},
-    "olmo3": {"head_dim": 16, "sliding_window": 8},
-    "smollm3": {"head_dim": 16, "pad_token_id": 0},
-}
+def test_latents() -> None:
+    spec = model("deepseek-v3")
+    assert (spec.heads, spec.kv_heads, spec.head_dim, spec.value_dim) == (128, 128, 192, 128)
+    assert spec.kv_width(0) == 512 + 64
+    assert spec.kv_width(60, expanded=True) == 128 * (192 + 128)
+    assert spec.owners == tuple(range(61))
+    assert model("mistral-7b").value_dim == 128
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_configs_count_what_transformers_builds(kind: str, tmp_path) -> None:
-    config = AutoConfig.for_model(kind, **{**TINY, **FAMILIES[kind]})
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
-    config.save_pretrained(tmp_path)
-    spec = from_config(tmp_path)
-    assert spec.parameters == sum(p.numel() for p in built.parameters())
-    assert spec == from_config(str(tmp_path / "config.json"))
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        slides = tuple(kind == "sliding_attention" for kind in types)
-        assert tuple(w is not None for w in spec.windows) == slides
-    inner = {"model_type": "outer", "text_config": json.loads(config.to_json_string())}
-    assert from_config(inner).parameters == spec.parameters
+def test_experts() -> None:
+    spec = model("mixtral-8x7b")
+    one = 3 * 4096 * 14336
+    assert spec.feed_forward == 32 * 8 * one
+    assert spec.active_feed_forward == 32 * 2 * one
+    assert spec.active_parameters == spec.parameters - 32 * 6 * one
+    assert spec.linear_parameters == spec.active_parameters - 2 * 32000 * 4096
+    assert spec.inner_width == 2 * 14336
+    spec = model("deepseek-v3")
+    assert spec.experts is not None
+    assert (spec.experts.layers, spec.experts.shared) == (58, 1)
+    assert (spec.intermediate, spec.inner_width) == (18432, 18432)  # of 9 experts of 2,048 as well
+    assert spec.active_feed_forward == 3 * 7168 * (3 * 18432 + 58 * 9 * 2048)
+    dense = model("llama-3.1-8b")
+    assert dense.active_parameters == dense.parameters
+    assert dense.active_feed_forward == dense.feed_forward == 32 * one
+    assert dense.inner_width == 14336
 
 
-def test_older_configs_name_their_windows_otherwise() -> None:
-    given = {"model_type": "gemma2", **TINY, "sliding_window": 8}
-    assert from_config(given).windows == (8, None, 8, None)
-    given = {"model_type": "gemma3_text", **TINY, "sliding_window": 8, "sliding_window_pattern": 3}
-    assert from_config(given).windows == (8, 8, None, 8)
-    given = {"model_type": "mistral", **TINY, "sliding_window": None}
-    assert from_config(given).windows == (None,) * 4
-    given = {"model_type": "qwen2", **TINY, "sliding_window": 8, "use_sliding_window": False}
-    assert from_config(given).windows == (None,) * 4
+def seen(spec: ModelSpec) -> int:
+    """The reach by going through all tokens: which of them each token's output depends on."""
+    n = 60
+    depends = [[{i} for i in range(n)]]  # by layer, of the hidden states that go into it
+    for layer, window in enumerate(spec.windows):
+        before = depends[-1]
+        source = spec.shares[layer] if spec.shares else None
+        keys = before if source is None else depends[source]
+        after = []
+        for i in range(n):
+            least = 0 if window is None else i - window + 1
+            if spec.chunked and window is not None:
+                least = i // window * window
+            after.append(before[i].union(*(keys[j] for j in range(max(least, 0), i + 1))))
+        depends.append(after)
+    return max(i - min(each) for i, each in enumerate(depends[-1]))
 
 
-LLAMA = {"model_type": "llama", **TINY}
+def shaped(windows: tuple[int | None, ...], **more) -> ModelSpec:
+    return replace(model("mistral-7b"), layers=len(windows), windows=windows, **more)
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    "spec",
     [
-        ({}, "model_type is None; allowed are gemma, gemma2"),
-        ({**LLAMA, "model_type": "mamba"}, "model_type is 'mamba'; allowed are"),
-        ({**LLAMA, "num_hidden_layers": None}, "num_hidden_layers is None; a whole number"),
-        ({**LLAMA, "vocab_size": -1}, "vocab_size is -1; a whole number"),
-        ({**LLAMA, "hidden_size": True}, "hidden_size is True; a whole number"),
-        ({**LLAMA, "num_key_value_heads": 3}, "num_attention_heads is 4 and num_key_value_heads 3"),
-        ({**LLAMA, "num_local_experts": 8}, "num_local_experts is 8; only dense decoders"),
-        ({**LLAMA, "kv_lora_rank": 512}, "kv_lora_rank is 512; only dense decoders"),
-        ({**LLAMA, "model_type": "gemma", "head_dim": None}, "head_dim is missing; gemma needs it"),
-        ({**LLAMA, "model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; null or"),
-        (
-            {**LLAMA, "model_type": "qwen3", "layer_types": ["linear_attention"]},
-            "layer_types has 1 entries of linear_attention; 4 of full_attention and",
-        ),
+        shaped((4,)),
+        shaped((4, 4, 4)),
+        shaped((4, 1, 9)),
+        shaped((4, 4, 9), shares=(None, None, 0)),
+        shaped((4, 4, 9, 9), shares=(None, None, 0, 1)),
+        shaped((3, 8, 3, 3), shares=(None, None, 0, 0)),
+        shaped((7, 7, 7), chunked=True),
     ],
 )
-def test_bad_configs_are_refused_in_one_sentence(config: dict, expected: str) -> None:
-    with pytest.raises(ValueError, match=expected) as error:
-        from_config(config)
-    assert "\n" not in str(error.value)
+def test_the_bound_of_the_reach_is_met_and_not_passed(spec: Any) -> None:
+    assert spec.reach == seen(spec)
+    if not spec.chunked:
+        wider = [
+            replace(spec, windows=(*spec.windows[:i], spec.windows[i] + 1, *spec.windows[i + 1 :]))
+            for i in range(spec.layers)
+        ]
+        assert [more.reach for more in wider] == [seen(more) for more in wider]
+        assert {more.reach for more in wider} != {spec.reach}
 
 
-def test_bad_names_and_files(tmp_path) -> None:
-    with pytest.raises(ValueError, match="model 'gpt-5' is not known; allowed are mistral-7b, "):
-        model("gpt-5")
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="it holds no config; an object is allowed"):
-        model(str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="it is no JSON"):
-        model(str(tmp_path))
-    with pytest.raises(ValueError, match="No such file"):
-        from_config(tmp_path / "none")
+def test_reach_where_there_is_no_bound() -> None:
+    assert model("llama-3.1-8b").reach is None
+    assert model("gpt-oss-20b").reach is None
+    assert shaped((4, None, 4)).reach is None
+    assert shaped((4, None, 4), chunked=True).reach is None
+    assert model("mistral-7b").reach == 131_040

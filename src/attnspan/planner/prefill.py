@@ -87,7 +87,8 @@ class Simulation:
         exact: False where a stride makes figures estimates.
 
     Raises:
-        ValueError: heads that can't be split so, or as in `attnspan.planner.forms.work`.
+        ValueError: heads that can't be split so, a model whose attention has latent, chunked or
+            shared keys and values, or as in `attnspan.planner.forms.work`.
     """
 
     def __init__(
@@ -109,6 +110,13 @@ class Simulation:
                 f"tensor-parallel is {tensor}; {spec.name} has {spec.heads} query heads and "
                 f"{spec.kv_heads} KV heads, and whole heads for each device are allowed"
             )
+        for part, there in (
+            ("multi-head latent attention", spec.latent is not None),
+            ("attention in chunks", spec.chunked),
+            ("layers that read other layers' keys and values", bool(spec.shares)),
+        ):
+            if there:
+                raise ValueError(f"model {spec.name} has {part}; a ring of that isn't simulated")
         self.spec, self.context, self.machine = spec, context, machine
         self.tensor, self.weights, self.inner = tensor, weights, inner
         self.heads = Heads(spec.heads // tensor, max(1, spec.kv_heads // tensor), spec.head_dim)
@@ -189,7 +197,8 @@ class Simulation:
         """Seconds of the products, and of the two sums of a layer over `tensor` devices."""
         spec = self.spec
         # A weight of one byte is multiplied in half the time.
-        weighted = spec.linear_parameters - (spec.feed_forward / 2 if self.weights == "fp8" else 0)
+        fewer = spec.active_feed_forward / 2 if self.weights == "fp8" else 0
+        weighted = spec.linear_parameters - fewer
         products = 2 * weighted * tokens / self.tensor / self.machine.device.linear
         if self.tensor == 1:
             return products, 0.0
@@ -206,5 +215,5 @@ class Simulation:
         """Bytes of a layer at its widest: the residual stream, its norm, and the larger of the
         attention's q, k, v and output and the feed-forward's two inner halves."""
         attention = (2 * self.heads.query + 2 * self.heads.kv) * self.heads.dim
-        inner = 2 * -(-self.spec.intermediate // self.tensor)
+        inner = 2 * -(-self.spec.inner_width // self.tensor)
         return 2 * tokens * (2 * self.spec.hidden + max(attention, inner))
