@@ -1,0 +1,270 @@
+"""What transformers' decoders hold at each step of a layer, in prefill.
+
+Followed through the code of transformers 5.23 (https://github.com/huggingface/transformers,
+`models/*/modeling_*.py`, `integrations/sdpa_attention.py`, `masking_utils.py`) and through torch
+2.13's kernel of attention for CPUs
+(https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+Python keeps a tensor while a name in a running function stands for it: so the embeddings and the
+layer's input live through every step, and eager attention's weights through the feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from attnspan.planner.spec import ModelSpec
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a family's decoder layer is put together.
+
+    Attributes:
+        order: norms before attention and feed-forward; after them; or both fed side by side from one
+            residual stream, each by a norm of its own ("beside") or by one for both ("shared").
+        fused: queries, keys and values are slices of one product, which lives through attention.
+        mlp: a gate and another half; both in one product; or no gate.
+        turning: tensors as large as the queries (or keys) that rotating them holds besides.
+        wide: rotation in fp32, from angles in fp32 or from copies of queries and keys.
+        still: layers that see everything don't rotate.
+        copied: attention's output comes out head by head, and is copied token by token.
+        angles: kinds of rotary embeddings, or the share of a head that the only kind rotates.
+    """
+
+    order: Literal["pre", "post", "beside", "shared"] = "pre"
+    fused: bool = False
+    mlp: Literal["gated", "fused", "plain"] = "gated"
+    turning: float = 3
+    wide: Literal["", "angles", "copies"] = ""
+    still: bool = False
+    copied: bool = False
+    angles: float = 1
+
+
+_BUILT = {
+    "cohere": Built("shared", wide="copies"),
+    "cohere2": Built("shared", wide="copies", still=True),
+    "gemma3_text": Built(angles=2),
+    "gpt_neox": Built("beside", True, "plain", turning=1.5, copied=True, angles=0.25),
+    "gpt_oss": Built(turning=2, copied=True),
+    "olmo2": Built("post", wide="angles"),
+    "olmo3": Built("post", wide="angles"),
+    "phi3": Built(fused=True, mlp="fused", copied=True),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one layer: its tensors by name, and those of attention's working memory."""
+
+    name: str
+    parts: Parts
+    working: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def steps(
+    spec: ModelSpec,
+    new: int,
+    tokens: int,
+    *,
+    batch: int,
+    itemsize: int,
+    eager: bool,
+    threads: int,
+    family: str = "",
+) -> Iterator[Step]:
+    """Every step of the last call of a prefill that brings `new` of all `tokens` tokens.
+
+    Bytes are above weights and above the whole cache as it stands at the end: a layer that has not
+    run yet holds less of it, which counts as bytes below.
+    """
+    shape = _Shape(spec, new, tokens, batch, itemsize, eager, threads, _BUILT.get(family, Built()))
+    missing = sum(shape.added(window) for window in spec.windows)
+    for index, window in enumerate(spec.windows):
+        for step in shape.layer(window, first=index == 0):
+            if step.name == "storing":
+                missing -= shape.added(window)
+            parts = {**step.parts, "keys and values that are not stored yet": -missing}
+            yield Step(step.name, parts, step.working)
+    yield shape.head()
+
+
+@dataclass(frozen=True)
+class _Shape:
+    spec: ModelSpec
+    new: int
+    tokens: int
+    batch: int
+    itemsize: int
+    eager: bool
+    threads: int
+    built: Built
+
+    def _wide(self, width: int, itemsize: int | None = None) -> int:
+        """Bytes of one tensor with so many numbers for each new token."""
+        return self.batch * self.new * width * (itemsize or self.itemsize)
+
+    @property
+    def hidden(self) -> int:
+        return self._wide(self.spec.hidden)
+
+    @property
+    def queries(self) -> int:
+        return self._wide(self.spec.heads * self.spec.head_dim)
+
+    @property
+    def keys(self) -> int:
+        return self._wide(self.spec.kv_heads * self.spec.head_dim)
+
+    def _read(self, window: int | None) -> int:
+        """Keys that a layer's attention reads: those before, and the new ones."""
+        before = self.tokens - self.new
+        return self.new + (before if window in (None, 1) else min(before, window - 1))
+
+    def added(self, window: int | None) -> int:
+        """Bytes by which a layer's cache grows in this call."""
+        before = self.tokens - self.new
+        held = before if window in (None, 1) else min(before, window - 1 + self.new)
+        grown = self._read(window) - held
+        return 2 * self.batch * grown * self.spec.kv_heads * self.spec.head_dim * self.itemsize
+
+    def _masked(self, window: int | None) -> bool:
+        """Whether attention gets a mask: sdpa does without where a plain causal one would do."""
+        read = self._read(window)
+        if self.eager:
+            return True
+        return read != self.new or (window is not None and read >= window)
+
+    def _mask(self, window: int | None) -> int:
+        """A mask in numbers, for each sequence; as booleans all sequences share one."""
+        return self.batch * self.new * self._read(window) * self.itemsize
+
+    @property
+    def _all_along(self) -> Parts:
+        """What lives from before the first layer to the last."""
+        spec = self.spec
+        masks = sum(
+            self._mask(window) if self.eager else self.new * self._read(window)
+            for window in set(spec.windows)
+            if self._masked(window)
+        )
+        item = 4 if self.built.wide == "angles" else self.itemsize
+        angles = 2 * self.new * spec.head_dim * item * self.built.angles
+        return {
+            "embeddings": self.hidden,
+            "masks": masks,
+            "angles and positions": round(angles) + 8 * self.new,
+        }
+
+    def layer(self, window: int | None, first: bool) -> Iterator[Step]:
+        built, h, q, k = self.built, self.hidden, self.queries, self.keys
+        base: Parts = self._all_along
+        if not first:
+            base["layer's input"] = h
+        inside = {**base}
+        if built.order != "post":
+            inside["normed input"] = h
+        if built.fused:
+            inside["queries, keys and values in one"] = q + 2 * k
+        apart = {} if built.fused else {"queries": q, "keys and values": 2 * k}
+        if not (built.still and window is None):
+            yield Step("rotation", {**inside, **apart, "rotation's own": self._turning()})
+        new = {"queries": q, "keys and values, new": k if built.fused else 2 * k}
+        yield Step("storing", {**inside, **new})
+        yield self._attention(window, inside)
+        output = {"queries": q, "attention's output": q, "its projection": h}
+        yield Step("attention's projection", {**inside, **output})
+        if built.copied and not self.eager:
+            copy = {"queries": q, "attention's output": q, "its copy, token by token": q}
+            yield Step("attention's copy", {**inside, **copy})
+        weights = self._scores(window) if self.eager else 0
+        after = {**base, "attention's weights, still named": weights}
+        if built.order in ("beside", "shared"):
+            after |= {"attention's output": h, "normed input": h}
+        else:
+            after["residual stream"] = h
+            if built.order == "pre":
+                after["normed input"] = h
+        yield Step("feed-forward", {**after, **self._mlp()})
+        after.pop("normed input", None)
+        if built.order == "post":
+            after["feed-forward's output"] = h
+        yield Step("norm", {**after, "norm's own": self._norm()})
+
+    def _turning(self) -> int:
+        """Bytes that rotating queries, then keys, holds besides both."""
+        built, q, k = self.built, self.queries, self.keys
+        tensors = max(built.turning * q, q + built.turning * k)
+        if not built.wide or self.itemsize >= 4:
+            return round(tensors)
+        grow = 4 // self.itemsize
+        if built.wide == "copies":
+            return round(grow * (q + k + tensors))
+        # A product of two dtypes copies what is narrower: two products, the copy, and what it is of.
+        return 3 * grow * q + q
+
+    def _norm(self) -> int:
+        """Bytes of a norm of the hidden states, which runs in fp32, its output included."""
+        wide = self._wide(self.spec.hidden, 4)
+        # After attention the weights multiply in fp32, and a product of two dtypes copies one.
+        mixed = self.built.order == "post" and self.itemsize < 4
+        return (3 if mixed else 2) * wide
+
+    def _scores(self, window: int | None) -> int:
+        return self._wide(self.spec.heads * self._read(window))
+
+    def _attention(self, window: int | None, inside: Parts) -> Step:
+        spec, q = self.spec, self.queries
+        read = self._read(window)
+        repeated = 0
+        if spec.heads > spec.kv_heads and (self.eager or self._masked(window)):
+            repeated = 2 * self.batch * spec.heads * read * spec.head_dim * self.itemsize
+        parts = {**inside, "queries": q, "keys and values, a copy for each query head": repeated}
+        if self.eager:
+            scores = self._scores(window)
+            # Softmax runs in fp32: it copies what isn't, and makes as much again.
+            factor = 2 if self.itemsize >= 4 else 1 + 2 * 4 // self.itemsize
+            if self.spec.learned_sinks:
+                factor = 3
+            working = factor * scores
+            parts["scores, and scores anew"] = working
+            return Step("attention", parts, working)
+        mask = self._mask(window) if self._masked(window) else 0
+        kernel = self._kernel(read)
+        parts |= {"mask in numbers": mask, "attention's output": q, "attention kernel's own": kernel}
+        return Step("attention", parts, kernel + mask)
+
+    def _kernel(self, read: int) -> int:
+        """torch's flash attention on a CPU: a log-sum-exp, and a tile for each thread."""
+        queries = min(256 if self.new >= 768 else 64 if self.new >= 192 else 32, self.new)
+        keys = min(512, read)
+        tile = queries * (keys + 2 + self.spec.head_dim) * 4
+        if self.itemsize < 4:
+            tile += queries * keys * self.itemsize
+        return self._wide(self.spec.heads, 4) + self.threads * tile
+
+    def _mlp(self) -> Parts:
+        inner = self._wide(self.spec.intermediate)
+        match self.built.mlp:
+            case "gated":
+                return {"gate, other half and their product": 3 * inner}
+            case "fused":
+                return {"gate and other half in one": 2 * inner, "gate, product": 2 * inner}
+            case "plain":
+                return {"inner layer, before and after": 2 * inner}
+
+    def head(self) -> Step:
+        parts = {
+            **self._all_along,
+            "last layer's output": self.hidden,
+            "norm's own": self._norm(),
+        }
+        return Step("final norm", parts)
