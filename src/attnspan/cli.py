@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from attnspan import options
-from attnspan.plan_cli import plan
+from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def app(context: click.Context, version: bool) -> None:
 
 
 app.add_command(plan)
+app.add_command(article)
 app.add_command(ring)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.

@@ -79,6 +79,8 @@ def plan(
         return
     if model is None:
         raise ValueError("MODEL is missing; a name from `attnspan plan --list`, or a path, is")
+    if _opaque(model, json):
+        return
     if budget is not None and not compare:
         raise ValueError(f"--budget is {budget} without --compare; with it it is allowed")
     from attnspan.planner.plan import plan as make
@@ -113,11 +115,58 @@ def plan(
 
 
 def _list(json: str | None) -> None:
-    from attnspan.planner.spec import MODELS, model
+    from attnspan.planner.presets import MODELS, OPAQUE, model
+    from attnspan.planner.quantities import scaled
 
     specs = [model(name) for name in MODELS]
-    figures = {"models": [{"name": each.name, "source": each.source} for each in specs]}
-    options.give(figures, json, lambda: click.echo("\n".join(each.name for each in specs)))
+    rows = [
+        {
+            "name": each.name,
+            "parameters": each.parameters,
+            "layers": each.layers,
+            "sliding_layers": len(each.sliding_layers),
+            "kv_bytes_per_token": each.kv_bytes(),
+            "trained_length": each.trained_length,
+            "source": each.source,
+        }
+        for each in specs
+    ]
+    opaque = [
+        {"name": each.name, "trained_length": each.context, "source": each.source}
+        for each in OPAQUE.values()
+    ]
+
+    def show() -> None:
+        click.echo(f"{'':18} {'weights':>9} {'layers':>6} {'sliding':>7} {'KV B/token':>10} trained")
+        for row in rows:
+            length = row["trained_length"]
+            click.echo(
+                f"{row['name']:18} {scaled(row['parameters']):>9} {row['layers']:6} "
+                f"{row['sliding_layers']:7} {row['kv_bytes_per_token']:10,} "
+                + (f"{length:,}" if length else "?")
+            )
+        click.echo("Of these the context length alone is public:")
+        for row in opaque:
+            click.echo(f"{row['name']:54} {row['trained_length']:,}")
+
+    options.give({"models": rows, "opaque": opaque}, json, show)
+
+
+def _opaque(name: str, json: str | None) -> bool:
+    """Whether nothing but its context is public, which is then told."""
+    from attnspan.planner.presets import OPAQUE
+
+    known = OPAQUE.get(name.lower())
+    if known is None:
+        return False
+    rest = "Its layers, heads and weights are not public, so nothing else can be planned."
+    figures = {"name": known.name, "context": known.context, "source": known.source, "rest": rest}
+
+    def show() -> None:
+        click.echo(f"{known.name}: a context of {known.context:,} tokens ({known.source}).\n{rest}")
+
+    options.give({"opaque": figures}, json, show)
+    return True
 
 
 def _fit(
@@ -153,3 +202,16 @@ def _fit(
         for each in candidates
     ]
     options.give({"cheapest": {"candidates": rows}}, json, lambda: click.echo(table(candidates)))
+
+
+@click.command()
+@click.option("--markdown", is_flag=True, help="As a table for GitHub.")
+@options.json_file
+def article(markdown: bool, json: str | None) -> None:
+    """The claims of an article on long contexts, each beside the right value and the reason."""
+    from attnspan.planner import article as claims
+
+    def show() -> None:
+        click.echo(claims.markdown() if markdown else claims.text())
+
+    options.give(claims.as_dict(), json, show)

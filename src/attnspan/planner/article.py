@@ -23,6 +23,9 @@ Verdict = Literal["right", "wrong", "needs a condition", "no source"]
 
 MISTRAL = "https://arxiv.org/abs/2310.06825"
 MISTRAL_CODE = "https://github.com/mistralai/mistral-inference/blob/main/one_file_ref.py"
+HUGGING_FACE = (
+    "https://github.com/huggingface/transformers/blob/main/src/transformers/masking_utils.py"
+)
 FLASH = "https://arxiv.org/abs/2205.14135"
 ONLINE = "https://arxiv.org/abs/1805.02867"
 GQA = "https://arxiv.org/abs/2305.13245"
@@ -186,7 +189,7 @@ def _convention() -> Claim:
         "wrong",
         f"So written it is SlidingWindow({window}, include_self=False), {later:,} keys before the "
         "token. A query that sees no key has no softmax; attnspan gives it zeros.",
-        (MISTRAL_CODE, "https://huggingface.co/docs/transformers/model_doc/mistral"),
+        (MISTRAL_CODE, HUGGING_FACE),
         {"first": first, "before": later, "hugging_face": own.read(100_000)}
         | {"mistral_prefill": reference},
     )
@@ -364,12 +367,12 @@ def _ring_matrix() -> Claim:
     working = _full(131_072).working
     return Claim(
         "In a ring the full attention matrix is reconstructed",
-        f"it never is: partial outputs are merged by their log-sum-exps, {working.flash / 2**20:.0f} "
-        f"MiB of them at 131,072 tokens instead of {working.standard / 2**30:,.0f} GiB of scores",
+        "it never is: partial outputs are merged by their log-sum-exps, and a layer's scores, "
+        f"{working.standard / 2**30:,.0f} GiB at 131,072 tokens, aren't there on any device",
         "wrong",
-        "The online softmax joins the parts exactly, without scores of more than a tile.",
+        "The online softmax joins the parts exactly, with the scores of one tile at a time.",
         (RING, ONLINE),
-        {"standard": working.standard, "flash": working.flash},
+        {"scores": working.standard},
     )
 
 
@@ -403,7 +406,7 @@ def _ring_overhead() -> Claim:
     return Claim(
         "A ring costs 10 to 30 % overhead",
         f"contiguous causal shards leave {idle:.0%} of {_RANKS} devices idle, zigzag {zigzag:.0%}; "
-        f"at 131,072 tokens on {_RANKS} H100 over InfiniBand {exposed:.0%} of the time is "
+        f"for 131,072 tokens on {_RANKS} H100 over InfiniBand {exposed:.0%} of a prefill's time is "
         "communication that nothing hides",
         "no source",
         "What it costs depends on the layout, the length and the link; `attnspan ring simulate` "

@@ -9,7 +9,7 @@ from attnspan.planner.operations import pair_operations, read_operations
 from attnspan.planner.seen import Capped, Chunks, Pooled, Strides, View
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE
-from attnspan.planner.weight_bytes import embeddings, expert, multiplied
+from attnspan.planner.weight_bytes import apart, expert, unread
 
 if TYPE_CHECKING:
     from attnspan.planner.plan import Kind, Plan
@@ -120,7 +120,7 @@ def _coded(count: str, kind: str) -> str:
 
 def _weights(plan: Plan) -> list[Line]:
     spec, kind = plan.spec, plan.weights_kind
-    tables = embeddings(spec)
+    tables = apart(spec)
     words = {
         "bf16": "2 * matrices + 2 * embeddings",
         "int8": "matrices + 2 * ceil(matrices / 128) + 2 * embeddings",
@@ -130,8 +130,9 @@ def _weights(plan: Plan) -> list[Line]:
     return [
         Line(
             "embeddings" if spec.tied else "embedding and output layer",
-            f"{times} * vocabulary * hidden",
-            f"{times} * {spec.vocabulary} * {spec.hidden}",
+            f"{times} * vocabulary * hidden" + " + others" * bool(spec.aside),
+            f"{times} * {spec.vocabulary} * {spec.hidden}"
+            + f" + {spec.aside}" * bool(spec.aside),
             tables,
             "weights",
         ),
@@ -211,19 +212,19 @@ def _prefill(plan: Plan) -> list[Line]:
     spec, n, batch, phase = plan.spec, plan.context, plan.batch, plan.prefill
     share = " / devices" if plan.devices > 1 else ""
     per, heads = pair_operations(spec), spec.heads
-    used = spec.active or spec.parameters
+    used = spec.active_parameters
     lines = [
         Line(
             "weights that a token is multiplied with",
             "those of a token - embeddings",
-            f"{used} - {embeddings(spec)}",
-            multiplied(spec),
+            f"{used} - {apart(spec)}",
+            spec.linear_parameters,
             "weights",
         ),
         Line(
             "prefill, products",
             "2 * batch * (context * weights + vocabulary * hidden)" + share,
-            _shared(f"2 * {batch} * ({n} * {multiplied(spec)} + {spec.vocabulary} * {spec.hidden})", plan),
+            _shared(f"2 * {batch} * ({n} * {spec.linear_parameters} + {spec.vocabulary} * {spec.hidden})", plan),
             phase.linear,
             "operations",
         ),
@@ -245,13 +246,12 @@ def _prefill(plan: Plan) -> list[Line]:
         )
     )
     owners = sum(kind.layers for kind in plan.kinds if kind.held)
-    output = 0 if spec.tied else 2 * spec.vocabulary * spec.hidden
     stored = _token(spec, plan.storage)[1]
     lines.append(
         Line(
             "prefill, bytes",
             "weights - embedding + 2 * batch * context * token * layers",
-            f"{plan.weights} - {output} + 2 * {batch} * {n} * ({stored}) * {owners}",
+            f"{plan.weights} - {unread(spec)} + 2 * {batch} * {n} * ({stored}) * {owners}",
             phase.bytes,
             "bytes",
         )
@@ -277,7 +277,7 @@ def _decode(plan: Plan) -> list[Line]:
     if plan.devices == 1:
         reads = " + ".join(f"{kind.layers} * {kind.read}" for kind in plan.kinds)
     output = f"{spec.vocabulary} * {spec.hidden}"
-    count = str(spec.parameters - embeddings(spec))
+    count = str(spec.parameters - apart(spec))
     words = "matrices"
     if spec.experts is not None:
         total, active = spec.experts.total, spec.experts.active
@@ -291,7 +291,7 @@ def _decode(plan: Plan) -> list[Line]:
         Line(
             "one token, products",
             "2 * batch * (weights + vocabulary * hidden)",
-            f"2 * {batch} * ({multiplied(spec)} + {output})",
+            f"2 * {batch} * ({spec.linear_parameters} + {output})",
             phase.linear,
             "operations",
         ),

@@ -7,11 +7,13 @@ from typing import Any
 
 from attnspan.planner.plan import Plan, plan
 from attnspan.planner.quantities import MOST_TOKENS, shown
+from attnspan.planner.report import folded
 from attnspan.policies import SinkWindow
 
 CHUNK = 2048
 SINKS = 4
-LEAST_WINDOW = 256  # a window below that is no cache of a long context
+LEAST_WINDOW = 256  # a smaller one is no cache of a long context
+_RANK = {"dense": 0, "bf16": 0, "int8": 1, "int4": 2}
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,17 @@ class Candidate:
 def cheapest(model: Any, context: int, **how: Any) -> tuple[Candidate, ...]:
     """Changes in the order of what they lose; the first that fits is the one to take.
 
-    1. as asked; 2. prefill in steps, which loses nothing; then, each with what came before it:
-    3. the cache in int8; 4. weights in int8; 5. the cache in int4; 6. weights in int4; at last
-    tokens are dropped for ever, 4 sinks and the largest window that fits: 7. with nothing else
-    changed, 8. with the cache in int8, 9. with weights in int8, too, 10. with both in int4. What is
-    asked to be smaller already is left so, and a policy that was asked for isn't widened. The order
-    follows what is published: int8 loses next to nothing (https://arxiv.org/abs/2208.07339), int4
-    little (https://arxiv.org/abs/2306.00978, https://arxiv.org/abs/2402.02750), and dropped tokens
-    can't be looked up again (https://arxiv.org/abs/2309.17453, section 4). Measure it:
-    `attnspan compare`.
+    1. as asked; 2. prefill in steps, which loses nothing; then, each with what came before it,
+    3. the cache in int8; 4. weights in int8; 5. the cache in int4; 6. weights in int4. At last
+    tokens are dropped for ever: 4 sinks and the largest window that fits, with nothing else
+    changed, and with each of 3 to 6 that doesn't fit by itself. What is asked to be smaller already
+    is left so, and a policy or pattern that was asked for isn't widened.
+
+    The order follows what is published: int8 loses next to nothing
+    (https://arxiv.org/abs/2208.07339), int4 little (https://arxiv.org/abs/2306.00978,
+    https://arxiv.org/abs/2402.02750), and dropped tokens can't be looked up again
+    (https://arxiv.org/abs/2309.17453, appendix A). What it costs on your text `attnspan compare`
+    measures.
 
     Args:
         model, context, how: as in `attnspan.plan`.
@@ -125,29 +129,38 @@ def cheapest(model: Any, context: int, **how: Any) -> tuple[Candidate, ...]:
     """
     asked = _with_memory(plan(model, context, **how))
     found = [Candidate("as asked", "nothing", asked)]
-    storages, weights = ("dense", "int8", "int4"), ("bf16", "int8", "int4")
-    first = storages.index(asked.storage), weights.index(asked.weights_kind)
-    steps = [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)]
-    changes = {(max(a, first[0]), max(b, first[1])): None for a, b in steps}
-    chunk: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
     if asked.devices == 1 and asked.chunk is None and context > CHUNK:
-        chunk = {"chunk": CHUNK}
-        found.append(_try("prefill in steps", "nothing", model, context, {**how, **chunk}))
-    for storage, weight in list(changes)[1:]:
-        given = {**how, **chunk, "storage": storages[storage], "weights": weights[weight]}
-        name = f"{_steps(chunk)}{storages[storage]} cache, {weights[weight]} weights"
-        lost = "little" if 2 in (storage, weight) else "next to nothing"
-        found.append(_try(name, lost, model, context, given))
+        steps = {"chunk": CHUNK}
+        found.append(_try(f"prefill in steps of {CHUNK:,}", "nothing", model, context, how | steps))
+    given = [{"storage": asked.storage, "weights": asked.weights_kind}]
+    for what, kind, loses in (
+        ("storage", "int8", "next to nothing"),
+        ("weights", "int8", "next to nothing"),
+        ("storage", "int4", "little"),
+        ("weights", "int4", "little"),
+    ):
+        if _RANK[kind] <= _RANK[given[-1][what]]:
+            continue
+        changed = {**given[-1], what: kind}
+        each = _try(_named(changed), loses, model, context, how | steps | changed)
+        found.append(each)
+        if each.plan is not None:  # else it can't be had, and what follows goes on without it
+            given.append(changed)
     if how.get("policy") is None and how.get("pattern") is None:
-        for storage, weight in changes:
-            given = {**how, **chunk, "storage": storages[storage], "weights": weights[weight]}
-            name = f"{_steps(chunk)}{storages[storage]} cache, {weights[weight]} weights"
-            found.append(_dropping(name, model, context, given))
+        for changed in given:
+            tight = _try("", "", model, context, how | steps | changed)
+            if tight.fits:
+                break
+            each = _dropping(_named(changed), model, context, how | steps | changed)
+            found.append(each)
+            if each.plan is None:
+                break
     return tuple(found)
 
 
-def _steps(chunk: dict[str, Any]) -> str:
-    return "in steps, " if chunk else ""
+def _named(changed: dict[str, str]) -> str:
+    return f"{changed['storage']} cache, {changed['weights']} weights"
 
 
 def _with_memory(given: Plan) -> Plan:
@@ -172,10 +185,10 @@ def _dropping(change: str, model: Any, context: int, how: dict[str, Any]) -> Can
         policy = SinkWindow(SINKS, window)
         return _try(f"{change}, {policy}", "dropped tokens", model, context, how | {"policy": policy})
 
-    low = at(LEAST_WINDOW)
+    fits, wrong = min(LEAST_WINDOW, context), context
+    low = at(fits)
     if not low.fits:
         return low
-    fits, wrong = LEAST_WINDOW, context
     while wrong - fits > 1:
         middle = (fits + wrong) // 2
         fits, wrong = (middle, wrong) if at(middle).fits else (fits, middle)
@@ -186,18 +199,22 @@ def table(found: tuple[Candidate, ...]) -> str:
     """The candidates, and which to take."""
     width = max(len(each.change) for each in found)
     taken = next((each for each in found if each.fits), None)
-    lines = [f"{'':{width}} {'loses':15} {'cache':>11} {'weights':>11} {'in all':>11}"]
+    lines = [f"{'':{width}} {'loses':15} {'in all':>11}"]
     for each in found:
         if each.plan is None:
-            lines.append(f"{each.change:{width}} {each.loses:15} refused: {each.why}")
+            lines += folded(f"{each.change:{width}} can't be had: {each.why}", "    ")
             continue
         mark = "fits" if each.fits else "doesn't fit"
-        mark += " <- the least change" if each is taken else ""
         lines.append(
-            f"{each.change:{width}} {each.loses:15} {shown(each.plan.cache_share):>11} "
-            f"{shown(each.plan.weights):>11} {shown(each.plan.total):>11}  {mark}"
+            f"{each.change:{width}} {each.loses:15} {shown(each.plan.total):>11}  {mark}"
         )
-    memory = shown(found[0].plan.memory or 0) if found[0].plan is not None else ""
+    asked = found[0].plan
+    assert asked is not None and asked.memory is not None
+    memory = f"{asked.context:,} tokens in {shown(asked.memory)}"
     if taken is None:
-        lines.append(f"Nothing of this fits {memory}.")
-    return "\n".join(lines)
+        verdict = f"Nothing of this fits {memory}."
+    elif taken is found[0]:
+        verdict = f"{memory}: it fits as asked."
+    else:
+        verdict = f"{memory}: the least change that fits is {taken.change}."
+    return "\n".join([*lines, *folded(verdict)])

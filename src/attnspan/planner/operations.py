@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from attnspan.planner.layers import Kind
 from attnspan.planner.links import Device, Link
 from attnspan.planner.spec import ModelSpec
-from attnspan.planner.weight_bytes import multiplied, read_bytes, weight_bytes
+from attnspan.planner.weight_bytes import read_bytes, unread, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def prefill(
     """The output layer sees the last token alone. Weights are read once, all experts of them; keys
     and values are written once and read once; activations aren't counted."""
     output = spec.vocabulary * spec.hidden
-    linear = 2 * batch * (context * multiplied(spec) + output)
+    linear = 2 * batch * (context * spec.linear_parameters + output)
     pairs = sum(kind.layers * kind.pairs for kind in kinds)
     attention = pair_operations(spec) * spec.heads * batch * pairs
-    weighed = weight_bytes(spec, weights) - (0 if spec.tied else 2 * output)
+    weighed = weight_bytes(spec, weights) - unread(spec)
     owners = sum(kind.layers for kind in kinds if kind.held)
     moved = weighed + 2 * batch * context * token * owners
     return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device)
@@ -97,7 +97,7 @@ def decode(
     token: int,
     link: Link | None,
 ) -> Phase:
-    linear = 2 * batch * (multiplied(spec) + spec.vocabulary * spec.hidden)
+    linear = 2 * batch * (spec.linear_parameters + spec.vocabulary * spec.hidden)
     share = [(kind.layers, -(-kind.read // devices)) for kind in kinds]
     reads = sum(layers * read for layers, read in share)
     attention = read_operations(spec) * spec.heads * batch * reads

@@ -26,8 +26,9 @@ from attnspan.planner.layers import (
 from attnspan.planner.links import Device, Link, Machine, find_device, machine
 from attnspan.planner.operations import Phase, decode, prefill
 from attnspan.planner.quantities import MOST_TOKENS, shown, size
-from attnspan.planner.spec import ModelSpec, from_config
-from attnspan.planner.spec import model as find_model
+from attnspan.planner.configs import from_config
+from attnspan.planner.presets import model as find_model
+from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import Factor, stack
 from attnspan.planner.weight_bytes import distinct, weight_bytes
 from attnspan.policies import PerLayer, Policy, parse

@@ -87,14 +87,14 @@ def _memory(plan: Plan) -> str:
         (f"prefill's activations ({plan.activations.phase})", plan.activations.bytes),
     ]
     lines = [title, *(f"  {name:46} {shown(count):>12}" for name, count in rows)]
-    verdict = ""
+    lines.append(f"  {'in all':46} {shown(plan.total):>12}")
     if plan.memory is not None and plan.spare is not None:
-        verdict = f" of {shown(plan.memory)}: " + (
+        verdict = (
             f"fits, {shown(plan.spare)} to spare"
             if plan.fits
             else f"doesn't fit, {shown(-plan.spare)} too much"
         )
-    lines.append(f"  {'in all':46} {shown(plan.total):>12}{verdict}")
+        lines.append(f"  {'a device has':46} {shown(plan.memory):>12}: {verdict}")
     return "\n".join(lines)
 
 

@@ -9,23 +9,24 @@ GROUP = 128  # weights that share an fp16 scale
 _BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
 
-def embeddings(spec: ModelSpec) -> int:
-    """Weights of the embedding, and of the output layer where it is another matrix."""
-    return spec.vocabulary * spec.hidden * (1 if spec.tied else 2)
+def apart(spec: ModelSpec) -> int:
+    """Weights that no layer multiplies with: the embedding, the output layer where it is another
+    matrix, and what `spec.aside` counts."""
+    return spec.vocabulary * spec.hidden * (1 if spec.tied else 2) + spec.aside
 
 
 def weight_bytes(spec: ModelSpec, kind: str = "bf16") -> int:
     """Bytes of all weights.
 
     int8 and int4: codes with an fp16 scale for each 128 weights, as GPTQ and AWQ group them
-    (https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2306.00978). The embedding and the
-    output layer stay in bf16; norms and biases, less than a thousandth, are counted with the codes.
+    (https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2306.00978). Embeddings and the output
+    layer stay in bf16; norms and biases, less than a thousandth, are counted with the codes.
 
-    >>> from attnspan.planner.spec import model
+    >>> from attnspan.planner.presets import model
     >>> weight_bytes(model("mistral-7b")), weight_bytes(model("mistral-7b"), "int4")
-    (14483464192, 4123262976)
+    (14483464192, 4123138048)
     """
-    return coded(spec.parameters - embeddings(spec), kind) + 2 * embeddings(spec)
+    return coded(spec.parameters - apart(spec), kind) + 2 * apart(spec)
 
 
 def coded(count: float, kind: str) -> int:
@@ -38,11 +39,6 @@ def coded(count: float, kind: str) -> int:
         raise ValueError(f"weights {kind!r} is not known; allowed are {', '.join(WEIGHTS)}")
     codes = -(-count * _BITS[kind] // 8)
     return int(codes) if kind == "bf16" else int(codes + 2 * -(-count // GROUP))
-
-
-def multiplied(spec: ModelSpec) -> int:
-    """Weights that a token is multiplied with, the output layer left out: its experts' alone."""
-    return (spec.active or spec.parameters) - embeddings(spec)
 
 
 def distinct(total: int, active: int, batch: int) -> float:
@@ -70,8 +66,13 @@ def read_bytes(spec: ModelSpec, kind: str, batch: int) -> int:
     All layers, the experts that some token takes, and the output layer. Of an embedding that is a
     matrix of its own a token needs one row, which isn't counted.
     """
-    count: float = spec.parameters - embeddings(spec)
+    count: float = spec.parameters - apart(spec)
     if spec.experts is not None:
         unread = spec.experts.total - distinct(spec.experts.total, spec.experts.active, batch)
         count -= unread * expert(spec)
     return coded(count, kind) + 2 * spec.vocabulary * spec.hidden
+
+
+def unread(spec: ModelSpec) -> int:
+    """Bytes of embeddings that aren't the output layer, of which a token needs a row each."""
+    return 2 * (apart(spec) - spec.vocabulary * spec.hidden)
