@@ -137,7 +137,9 @@ def _list(json: str | None) -> None:
     ]
 
     def show() -> None:
-        click.echo(f"{'':18} {'weights':>9} {'layers':>6} {'sliding':>7} {'KV B/token':>10} trained")
+        click.echo(
+            f"{'':18} {'weights':>9} {'layers':>6} {'sliding':>7} {'KV B/token':>10} trained"
+        )
         for row in rows:
             length = row["trained_length"]
             click.echo(
@@ -169,9 +171,7 @@ def _opaque(name: str, json: str | None) -> bool:
     return True
 
 
-def _fit(
-    model: str, context: str | None, memory: str | None, json: str | None, **how: Any
-) -> None:
+def _fit(model: str, context: str | None, memory: str | None, json: str | None, **how: Any) -> None:
     from attnspan.planner.fit import cheapest, longest, table
     from attnspan.planner.quantities import tokens
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attnspan.planner.formulas import pairs_text, read_text
 from attnspan.planner.operations import pair_operations, read_operations
-from attnspan.planner.seen import Capped, Chunks, Pooled, Strides, View
+from attnspan.planner.seen import Capped, Chunks
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE
 from attnspan.planner.weight_bytes import apart, expert, unread
@@ -68,8 +69,9 @@ def _cache(plan: Plan) -> list[Line]:
             continue
         words, numbers = _held(plan, kind)
         lines.append(Line(f"tokens held, {about}", words, numbers, kind.held, "tokens"))
-        words, numbers = "layers * batch * held * token", (
-            f"{kind.layers} * {batch} * {kind.held} * {token}"
+        words, numbers = (
+            "layers * batch * held * token",
+            (f"{kind.layers} * {batch} * {kind.held} * {token}"),
         )
         if kind.layers * batch * kind.held * token != kind.bytes:
             words = "layers * bytes of one, as the engine allocates"
@@ -131,8 +133,7 @@ def _weights(plan: Plan) -> list[Line]:
         Line(
             "embeddings" if spec.tied else "embedding and output layer",
             f"{times} * vocabulary * hidden" + " + others" * bool(spec.aside),
-            f"{times} * {spec.vocabulary} * {spec.hidden}"
-            + f" + {spec.aside}" * bool(spec.aside),
+            f"{times} * {spec.vocabulary} * {spec.hidden}" + f" + {spec.aside}" * bool(spec.aside),
             tables,
             "weights",
         ),
@@ -212,6 +213,7 @@ def _prefill(plan: Plan) -> list[Line]:
     spec, n, batch, phase = plan.spec, plan.context, plan.batch, plan.prefill
     share = " / devices" if plan.devices > 1 else ""
     per, heads = pair_operations(spec), spec.heads
+    output = f"{spec.vocabulary} * {spec.hidden}"
     used = spec.active_parameters
     lines = [
         Line(
@@ -224,13 +226,13 @@ def _prefill(plan: Plan) -> list[Line]:
         Line(
             "prefill, products",
             "2 * batch * (context * weights + vocabulary * hidden)" + share,
-            _shared(f"2 * {batch} * ({n} * {spec.linear_parameters} + {spec.vocabulary} * {spec.hidden})", plan),
+            _shared(f"2 * {batch} * ({n} * {spec.linear_parameters} + {output})", plan),
             phase.linear,
             "operations",
         ),
     ]
     for kind in plan.kinds:
-        words, numbers = _pairs(kind.view, n, kind.pairs)
+        words, numbers = pairs_text(kind.view, n, kind.pairs)
         lines.append(
             Line(f"pairs, {kind.name}: {kind.sees}", words, numbers, kind.pairs, "pairs in a layer")
         )
@@ -238,8 +240,7 @@ def _prefill(plan: Plan) -> list[Line]:
     lines.append(
         Line(
             "prefill, attention",
-            "batch * heads * operations of a pair * pairs of all layers"
-            + share,
+            "batch * heads * operations of a pair * pairs of all layers" + share,
             _shared(f"{batch} * {heads} * {per} * ({pairs})", plan),
             phase.attention,
             "operations",
@@ -269,7 +270,7 @@ def _decode(plan: Plan) -> list[Line]:
         return []
     lines = []
     for kind in plan.kinds:
-        words, numbers = _read(kind.view, n, kind.read)
+        words, numbers = read_text(kind.view, n, kind.read)
         lines.append(
             Line(f"keys read, {kind.name}: {kind.sees}", words, numbers, kind.read, "keys")
         )
@@ -316,11 +317,11 @@ def _decode(plan: Plan) -> list[Line]:
 def _rates(plan: Plan, which: str) -> list[Line]:
     phase = plan.prefill if which == "prefill" or plan.decode is None else plan.decode
     name = "prefill" if which == "prefill" else "one token"
-    device, ring, link = plan.device, plan.ring, plan.link
+    device, ring, link, layers = plan.device, plan.ring, plan.link, plan.spec.layers
     seconds = (
         "max(products / rate + attention / rate, bytes / bandwidth) + layers * call",
         f"max({phase.linear} / {device.linear:.15g} + {phase.attention} / {device.forward:.15g}, "
-        f"{phase.bytes} / {device.memory_bandwidth:.15g}) + {plan.spec.layers} * {device.call:.15g}",
+        f"{phase.bytes} / {device.memory_bandwidth:.15g}) + {layers} * {device.call:.15g}",
     )
     if ring is not None and which == "prefill":
         seconds = (
@@ -331,7 +332,7 @@ def _rates(plan: Plan, which: str) -> list[Line]:
         part = plan.batch * plan.spec.heads * (plan.spec.head_dim + 1) * 4 * (plan.devices - 1)
         seconds = (
             f"{seconds[0]} + layers * (latency + outputs / link)",
-            f"{seconds[1]} + {plan.spec.layers} * ({link.latency:.15g} + {part} / {link.bandwidth:.15g})",
+            f"{seconds[1]} + {layers} * ({link.latency:.15g} + {part} / {link.bandwidth:.15g})",
         )
     lines = [
         Line(
@@ -358,8 +359,13 @@ def _rates(plan: Plan, which: str) -> list[Line]:
 
 def _stack(plan: Plan) -> list[Line]:
     lines = [
-        Line(f"times less, {each.name}", "before / after", f"{each.before} / {each.after}",
-             each.ratio, f"times ({each.quantity})")
+        Line(
+            f"times less, {each.name}",
+            "before / after",
+            f"{each.before} / {each.after}",
+            each.ratio,
+            f"times ({each.quantity})",
+        )
         for each in plan.stack
         if each.after
     ]
@@ -375,67 +381,3 @@ def _stack(plan: Plan) -> list[Line]:
             )
         )
     return lines
-
-
-def _pairs(view: View, n: int, pairs: int) -> tuple[str, str]:
-    match view:
-        case Capped(None):
-            return "n * (n + 1) / 2", f"{n} * ({n} + 1) // 2"
-        case Capped(int(kept), 1):
-            w = min(n, kept + 1)
-            return "n * W - W * (W - 1) / 2", f"{n} * {w} - {w} * ({w} - 1) // 2"
-        case Capped(int(kept), b):
-            blocks, rest = divmod(n, b)
-            return "what each block's start keeps, and the tokens since", (
-                f"{b} * sum(min(k * {b}, {kept}) for k in range({blocks})) + {rest} * "
-                f"min({blocks * b}, {kept}) + {blocks} * {b} * ({b} + 1) // 2 + {rest} * "
-                f"({rest} + 1) // 2"
-            )
-        case Pooled(p):
-            blocks, rest = divmod(n, p.block)
-            b, start = p.block, p.sinks + p.window - 1
-
-            def kept(k: str) -> str:
-                groups = f"(max(0, {k} * {b} - {start}) // {p.rate})"
-                return f"({k} * {b} - {p.rate} * {groups} + min({p.memory}, {groups}))"
-
-            return "what each block's start keeps, and the tokens since", (
-                f"{b} * sum({kept('k')} for k in range({blocks})) + {rest} * {kept(str(blocks))} + "
-                f"{blocks} * {b} * ({b} + 1) // 2 + {rest} * ({rest} + 1) // 2"
-            )
-        case Chunks(block, before):
-            blocks, rest = divmod(n, block)
-            numbers = f"{blocks} * {block} * ({block} + 1) // 2 + {rest} * ({rest} + 1) // 2"
-            if before:
-                return "pairs of each block, and n - block queries with one before", (
-                    f"{numbers} + max(0, {n} - {block}) * {block}"
-                )
-            return "pairs of each block", numbers
-        case Strides(window, stride):
-            w = min(n, window)
-            first, last = -(-window // stride), (n - 1) // stride
-            return "n * W - W * (W - 1) / 2 + (n - d for each multiple d of the stride from W on)", (
-                f"{n} * {w} - {w} * ({w} - 1) // 2 + sum({n} - {stride} * k for k in "
-                f"range({first}, {last + 1}))"
-            )
-    return "counted", str(pairs)
-
-
-def _read(view: View, n: int, read: int) -> tuple[str, str]:
-    match view:
-        case Capped(None):
-            return "n", str(n)
-        case Capped(int(kept), 1):
-            return "min(n, seen)", f"min({n}, {kept + 1})"
-        case Capped(int(kept), b):
-            last = (n - 1) // b * b
-            return "kept at the last grid point, and since", f"min({last}, {kept}) + {n} - {last}"
-        case Chunks(block, before):
-            extra = f" + {block}" if before and n > block else ""
-            return "tokens of its block", f"({n} - 1) % {block} + 1{extra}"
-        case Strides(window, stride):
-            first, last = -(-window // stride), (n - 1) // stride
-            return "min(n, W) and multiples of the stride from W on", (
-                f"min({n}, {window}) + max(0, {last} - {first} + 1)"
-            )
-    return "counted", str(read)

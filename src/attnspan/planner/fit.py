@@ -183,7 +183,9 @@ def _dropping(change: str, model: Any, context: int, how: dict[str, Any]) -> Can
 
     def at(window: int) -> Candidate:
         policy = SinkWindow(SINKS, window)
-        return _try(f"{change}, {policy}", "dropped tokens", model, context, how | {"policy": policy})
+        return _try(
+            f"{change}, {policy}", "dropped tokens", model, context, how | {"policy": policy}
+        )
 
     fits, wrong = min(LEAST_WINDOW, context), context
     low = at(fits)
@@ -205,12 +207,10 @@ def table(found: tuple[Candidate, ...]) -> str:
             lines += folded(f"{each.change:{width}} can't be had: {each.why}", "    ")
             continue
         mark = "fits" if each.fits else "doesn't fit"
-        lines.append(
-            f"{each.change:{width}} {each.loses:15} {shown(each.plan.total):>11}  {mark}"
-        )
+        lines.append(f"{each.change:{width}} {each.loses:15} {shown(each.plan.total):>11}  {mark}")
     asked = found[0].plan
-    assert asked is not None and asked.memory is not None
-    memory = f"{asked.context:,} tokens in {shown(asked.memory)}"
+    assert asked is not None, "what was asked for is planned, or refused before"
+    memory = f"{asked.context:,} tokens in {shown(asked.memory or 0)}"
     if taken is None:
         verdict = f"Nothing of this fits {memory}."
     elif taken is found[0]:

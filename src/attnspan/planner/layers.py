@@ -102,10 +102,9 @@ def ring_patterns(spec: ModelSpec, policy: Policy | PerLayer | None) -> list[Pat
     patterns: list[Pattern] = []
     for window, chosen in zip(spec.windows, _chosen(spec, policy), strict=True):
         match chosen:
-            case None if window is None:
-                patterns.append(Causal())
             case None:
-                patterns.append(Blockwise(window) if spec.chunked else SlidingWindow(window))
+                wide = Causal() if window is None else SlidingWindow(window)
+                patterns.append(Blockwise(window) if window and spec.chunked else wide)
             case Window(kept, 1):
                 patterns.append(SlidingWindow(kept))
             case SinkWindow(sinks, kept, 1):

@@ -209,7 +209,10 @@ def from_dict(given: Any, where: str) -> Machine:
         given = given["machine"]
     if not isinstance(given, Mapping) or given.get("format") != FORMAT:
         raise ValueError(f'{where}: it is no measured link; an object of "format": "{FORMAT}" is')
-    link, device = _part("link", given.get("link"), where), _part("device", given.get("device"), where)
+    link, device = (
+        _part("link", given.get("link"), where),
+        _part("device", given.get("device"), where),
+    )
     link["overlap"] = 1.0 if link["overlap"] is None else link["overlap"]
     return Machine(_device(device, link["bandwidth"]), Link(**link))
 

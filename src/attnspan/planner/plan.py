@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnspan.planner import activations
 from attnspan.planner.activations import Peak, prefill_peak
+from attnspan.planner.configs import from_config
 from attnspan.planner.engines import CacheBytes, cache_bytes
 from attnspan.planner.layers import (
     Kind,
@@ -25,9 +26,8 @@ from attnspan.planner.layers import (
 )
 from attnspan.planner.links import Device, Link, Machine, find_device, machine
 from attnspan.planner.operations import Phase, decode, prefill
-from attnspan.planner.quantities import MOST_TOKENS, shown, size
-from attnspan.planner.configs import from_config
 from attnspan.planner.presets import model as find_model
+from attnspan.planner.quantities import MOST_TOKENS, shown, size
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import Factor, stack
 from attnspan.planner.weight_bytes import distinct, weight_bytes
@@ -331,7 +331,8 @@ def _activations(
     if devices > 1:
         return flash, Working(head, every * head, 4 * every * rows)
     # Where something else of a layer is wider, the peak isn't attention's.
-    return flash, Working(head, standard.working or every * head, flash.working or 4 * every * rows)
+    alive = standard.working or every * head
+    return flash, Working(head, alive, flash.working or 4 * every * rows)
 
 
 def _notes(
@@ -359,8 +360,8 @@ def _notes(
     notes += cache.notes
     if weights != "bf16":
         notes.append(
-            f"{weights} weights: codes and an fp16 scale for each 128; the embedding and the output "
-            "layer stay in bf16. They are multiplied as bf16, at its rate."
+            f"{weights} weights: codes and an fp16 scale for each 128; the embedding and the "
+            "output layer stay in bf16. They are multiplied as bf16, at its rate."
         )
     if spec.experts is not None:
         total, active = spec.experts.total, spec.experts.active

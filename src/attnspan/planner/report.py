@@ -59,7 +59,9 @@ def _head(plan: Plan) -> str:
 def _kinds(plan: Plan) -> str:
     width = max(9, *(len(_label(kind.name, kind.sees)) for kind in plan.kinds))
     width = min(width, 52)
-    lines = [f"{'KV cache':{width + 2}} {'layers':>6} {'holds':>13} {'last reads':>11} {'bytes':>12}"]
+    lines = [
+        f"{'KV cache':{width + 2}} {'layers':>6} {'holds':>13} {'last reads':>11} {'bytes':>12}"
+    ]
     lines += [
         f"  {_label(kind.name, kind.sees)[:width]:{width}} {kind.layers:6} {kind.held:13,} "
         f"{kind.read:11,} {shown(kind.bytes):>12}"
@@ -128,8 +130,8 @@ def _phases(plan: Plan) -> str:
         ring = plan.ring
         lines += folded(
             f"  The ring's schedule is {ring.schedule}, zigzag: {short(ring.communication)} of "
-            f"exchanges a sequence over {plan.link.name}, {short(ring.exposed)} of them not hidden; "
-            f"a device sends {shown(ring.sent)}. ({plan.link.source})"
+            f"exchanges a sequence over {plan.link.name}, {short(ring.exposed)} of them not "
+            f"hidden; a device sends {shown(ring.sent)}. ({plan.link.source})"
         )
     return "\n".join(lines)
 
@@ -137,23 +139,20 @@ def _phases(plan: Plan) -> str:
 def _phase(name: str, phase: Phase) -> str:
     return (
         f"{name:12} {scaled(phase.operations):>11} {phase.attention / phase.operations:12.1%} "
-        f"{shown(phase.bytes):>12} {phase.intensity:9,.1f} {phase.bound:>9} {short(phase.seconds):>9}"
+        f"{shown(phase.bytes):>12} {phase.intensity:9,.1f} {phase.bound:>9} "
+        f"{short(phase.seconds):>9}"
     )
 
 
 def _stack(plan: Plan) -> str:
     lines = [f"{'What shrinks what':48} {'from':>12} {'to':>12} {'times':>8}"]
     of_cache = [each for each in plan.stack if each.quantity == CACHE]
-    for each in plan.stack:
-        if each.quantity == CACHE:
-            lines.append(_factor(each.name, each.before, each.after))
+    lines += [_factor(each.name, each.before, each.after) for each in of_cache]
     if of_cache:
         whole = of_cache[0].before, of_cache[-1].after
         lines.append(_factor("KV cache, in all", *whole))
     lines += [
-        _factor(f"{each.name}", each.before, each.after)
-        for each in plan.stack
-        if each.quantity != CACHE
+        _factor(each.name, each.before, each.after) for each in plan.stack if each.quantity != CACHE
     ]
     lines.append("  The last is working memory of prefill; it leaves the cache as it is.")
     return "\n".join(lines)
@@ -170,17 +169,17 @@ def table(rows: Sequence[Row]) -> str:
         f"{'':14} {'cache':>11} {'full/':>6} {'prefill pairs':>13} {'full/':>6} {'time':>9} "
         f"{'token reads':>11} {'full/':>6} {'time':>9}"
     ]
-    for row in rows:
-        lines.append(
-            f"{row.name:14} {shown(row.cache):>11} {row.cache_ratio:6.2f} {scaled(row.pairs):>13} "
-            f"{row.pairs_ratio:6.2f} {short(row.prefill_seconds):>9} {shown(row.decode_bytes):>11} "
-            f"{row.decode_ratio:6.2f} {short(row.decode_seconds):>9}"
-        )
+    lines += [
+        f"{row.name:14} {shown(row.cache):>11} {row.cache_ratio:6.2f} {scaled(row.pairs):>13} "
+        f"{row.pairs_ratio:6.2f} {short(row.prefill_seconds):>9} {shown(row.decode_bytes):>11} "
+        f"{row.decode_ratio:6.2f} {short(row.decode_seconds):>9}"
+        for row in rows
+    ]
     named = "; ".join(f"{row.name} {row.sees}" for row in rows if row.sees and row.name != "full")
     lines += folded(f"  {named}.")
     lines += folded(
-        "  full/: full attention's figure over this one's. Pairs are those of all layers; reads are "
-        "of weights and cache."
+        "  full/: full attention's figure over this one's. Pairs are those of all layers; reads "
+        "are of weights and cache. Times are the device's, the whole context on one."
     )
     return "\n".join(lines)
 

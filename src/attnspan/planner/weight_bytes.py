@@ -42,7 +42,7 @@ def coded(count: float, kind: str) -> int:
 
 
 def distinct(total: int, active: int, batch: int) -> float:
-    """Experts of a layer that some token of a batch takes: `total * (1 - (1 - active/total)^batch)`.
+    """Experts of a layer that a batch takes: `total * (1 - (1 - active / total) ** batch)`.
 
     It is the expectation where each token takes `active` of them, all alike probable, and no token
     minds what others take.
