@@ -33,7 +33,7 @@ from attnspan import options
     help="h100, h200, h100-500w, a100, cpu, `calibrated` (what `attnspan bench --calibrate` "
     "measured here), or a file of rates.",
 )
-@click.option("--link", default="ib", help="Between devices: nvlink, ib, eth, or a file.")
+@click.option("--link", help="Between devices: ib (the default), nvlink, eth, or a file.")
 @click.option("--weights", default="bf16", help="bf16, int8 or int4.")
 @click.option(
     "--engine",
@@ -75,6 +75,8 @@ def plan(
     MODEL is a name (--list), or the path of a config.json or its folder.
     """
     if listed:
+        if model is not None:
+            raise ValueError(f"MODEL is {model} with --list; without it it is allowed")
         _list(json)
         return
     if model is None:

@@ -146,7 +146,8 @@ def _convention() -> Claim:
     return Claim(
         "Token i attends to the positions max(0, i-W) to i-1",
         f"that leaves the token itself out, and leaves token 0 with {first} keys; Hugging Face "
-        f"sees W = {own.read(100_000):,} keys with itself, Mistral's reference prefill {reference:,}",
+        f"sees W = {own.read(100_000):,} keys with itself, Mistral's reference prefill "
+        f"{reference:,}",
         "wrong",
         f"So written it is SlidingWindow({window}, include_self=False), {later:,} keys before the "
         "token. A query that sees no key has no softmax; attnspan gives it zeros.",

@@ -30,7 +30,8 @@ def pairs_text(view: View, n: int, pairs: int) -> tuple[str, str]:
 
             return "what each block's start keeps, and the tokens since", (
                 f"{b} * sum({stays('k')} for k in range({blocks})) + {rest} * "
-                f"{stays(str(blocks))} + {blocks} * {b} * ({b} + 1) // 2 + {rest} * ({rest} + 1) // 2"
+                f"{stays(str(blocks))} + {blocks} * {b} * ({b} + 1) // 2 + {rest} * "
+                f"({rest} + 1) // 2"
             )
         case Chunks(block, before):
             blocks, rest = divmod(n, block)

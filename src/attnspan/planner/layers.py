@@ -91,6 +91,11 @@ def _chosen(spec: ModelSpec, policy: Policy | PerLayer | None) -> tuple[Policy |
     )
 
 
+def needs_scores(spec: ModelSpec, policy: Policy | PerLayer | None) -> bool:
+    """Whether some layer's policy decides by the attention that tokens received."""
+    return any(each is not None and each.needs_scores for each in _chosen(spec, policy))
+
+
 def ring_patterns(spec: ModelSpec, policy: Policy | PerLayer | None) -> list[Pattern]:
     """What each layer sees, as a ring computes it.
 

@@ -20,6 +20,7 @@ from attnspan.planner.layers import (
     every_layer,
     layer_kinds,
     layer_views,
+    needs_scores,
     pattern_cache,
     ring_patterns,
     token_bytes,
@@ -167,7 +168,7 @@ def plan(
     devices: int = 1,
     memory: int | str | None = None,
     device: str | Device = "h100",
-    link: str = "ib",
+    link: str | None = None,
     weights: str = "bf16",
     engine: str = "theory",
     chunk: int | None = None,
@@ -185,7 +186,7 @@ def plan(
         devices: that share the context in a ring; each holds all weights.
         memory: bytes of a device, or text such as "80GiB"; None: the device's own.
         device: a preset, "calibrated", or a file (`attnspan.planner.links.find_device`).
-        link: between devices (`attnspan.planner.links.machine`).
+        link: between devices (`attnspan.planner.links.machine`); None: "ib" where there are any.
         weights: "bf16", "int8" or "int4" (`attnspan.planner.weight_bytes.weight_bytes`).
         engine: whose allocation is counted (`attnspan.planner.engines`).
         chunk: tokens of a step of prefill; None: the whole prompt at once.
@@ -209,7 +210,7 @@ def plan(
         from attnspan.patterns.text import parse as parse_pattern
 
         pattern = parse_pattern(pattern)
-    _check_combination(policy, pattern, engine, devices, chunk)
+    _check_combination(policy, pattern, engine, devices, chunk, link)
     rates = device if isinstance(device, Device) else find_device(device)
     if memory is None:
         limit = None if rates.memory is None else int(rates.memory)
@@ -234,10 +235,10 @@ def plan(
     if devices > 1:
         from attnspan.planner.prefill import Simulation
 
-        hop = machine(link).link
+        hop = machine(link or "ib").link
         patterns = ring_patterns(spec, policy) if patterns is None else patterns
         simulation = Simulation(spec, context, Machine(rates, hop), pattern=patterns)
-        ring = simulation.prefill(devices, simulation.choose(devices))
+        ring = simulation.prefill(devices, "ring")  # of all schedules it holds the least
         ahead = replace(ahead, seconds=batch * ring.seconds)
         share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
         held = ring.memory - ring.weights - ring.cache
@@ -274,7 +275,16 @@ def plan(
         token_bytes=read,
         ring=ring,
         notes=_notes(
-            spec, context, batch, cache, weights, devices, kinds, step is not None, bool(pattern)
+            spec,
+            context,
+            batch,
+            cache,
+            weights,
+            devices,
+            kinds,
+            step is not None,
+            pattern is not None,
+            needs_scores(spec, policy),
         ),
     )
 
@@ -292,10 +302,17 @@ def _check_counts(**values: tuple[Any, int]) -> None:
 
 
 def _check_combination(
-    policy: Policy | PerLayer | None, pattern: object, engine: str, devices: int, chunk: int | None
+    policy: Policy | PerLayer | None,
+    pattern: object,
+    engine: str,
+    devices: int,
+    chunk: int | None,
+    link: str | None,
 ) -> None:
     if policy is not None and pattern is not None:
         raise ValueError(f"policy is {policy} and pattern {pattern}; one of them is allowed")
+    if link is not None and devices == 1:
+        raise ValueError(f"link is {link} with one device; it is allowed with more")
     if pattern is not None and engine != "theory":
         raise ValueError(
             f"pattern {pattern}: engine {engine} holds what the model's own layers see; theory is "
@@ -345,6 +362,7 @@ def _notes(
     kinds: Sequence[Kind],
     decodes: bool,
     patterned: bool,
+    scored: bool,
 ) -> tuple[str, ...]:
     notes = []
     if spec.trained_length is not None and context > spec.trained_length:
@@ -358,6 +376,11 @@ def _notes(
             f"{shown(cache.full_pages)} instead of {shown(cache.total)}."
         )
     notes += cache.notes
+    if scored:
+        notes.append(
+            "The policy needs the attention that each token received: one more pass over queries "
+            "and keys in prefill, which isn't counted."
+        )
     if weights != "bf16":
         notes.append(
             f"{weights} weights: codes and an fp16 scale for each 128; the embedding and the "

@@ -129,7 +129,7 @@ def _phases(plan: Plan) -> str:
     if plan.ring is not None and plan.link is not None:
         ring = plan.ring
         lines += folded(
-            f"  The ring's schedule is {ring.schedule}, zigzag: {short(ring.communication)} of "
+            f"  A ring in zigzag: {short(ring.communication)} of "
             f"exchanges a sequence over {plan.link.name}, {short(ring.exposed)} of them not "
             f"hidden; a device sends {shown(ring.sent)}. ({plan.link.source})"
         )
