@@ -64,7 +64,7 @@ def _longformer() -> Claim:
 
     n, window, some = 131_072, 4096, 64
     right = window // 2
-    pairs = of_pattern(Longformer(window - right, some, right=right)).pairs(n)
+    pairs = of_pattern(Longformer(right + 1, some, right=right)).pairs(n)
     formula = n * window + 2 * n * some
     causal = of_pattern(Longformer(window, some)).pairs(n)
     return Claim(
