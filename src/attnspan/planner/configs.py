@@ -78,6 +78,7 @@ def from_config(config: str | Path | Mapping[str, Any], name: str | None = None)
         latent=heads.latent,
         shares=shares,
         learned_sinks=family.sinks,
+        family=fields.kind,
         aside=aside,
     )
 

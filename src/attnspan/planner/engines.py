@@ -1,9 +1,9 @@
 """Bytes of a KV cache, as theory has it and as engines allocate it: in closed form, without torch.
 
-`theory` counts the tokens that a query still sees, and keys and values alone. The engines hold more:
-buffers grow ahead, pages and cells are rounded up, a slice keeps its whole tensor alive. `attnspan`
-and `transformers` are held to the byte against the caches themselves in the tests; `vllm` and
-`llama.cpp` follow their sources, which were read and not run:
+`theory` counts the tokens that a query still sees, and keys and values alone. The engines hold
+more: buffers grow ahead, pages and cells are rounded up, a slice keeps its whole tensor alive.
+`attnspan` and `transformers` are held to the byte against the caches themselves in the tests;
+`vllm` and `llama.cpp` follow their sources, which were read and not run:
 
 - https://github.com/vllm-project/vllm/blob/001cabc1be16a59a70d720ed61a13b678c060a18/vllm/v1/kv_cache_interface.py
   and https://docs.vllm.ai/en/latest/design/hybrid_kv_cache_manager/
@@ -110,7 +110,7 @@ def cache_bytes(
         ValueError: one sentence: a size is wrong, or the engine has no such policy, storage,
             option or model.
 
-    >>> from attnspan.planner.spec import model
+    >>> from attnspan.planner.presets import model
     >>> cache_bytes(model("mistral-7b"), 131_072).total // 2**20  # MiB: the window bounds it
     512
     >>> cache_bytes(model("mistral-7b"), 131_072, engine="llama.cpp").layers[0].slots
@@ -250,8 +250,8 @@ def bytes_per_token(storage: str, head_dim: int, itemsize: int) -> int:
     Raises:
         ValueError: int4 can't hold heads of `head_dim`.
 
-    >>> bytes_per_token("dense", 64, 2), bytes_per_token("int8", 64, 2), bytes_per_token("int4", 64, 2)
-    (256, 132, 72)
+    >>> [bytes_per_token(storage, 64, 2) for storage in STORAGES]
+    [256, 132, 72]
     """
     if storage == "int8":
         return 2 * (head_dim + 2)
@@ -358,8 +358,8 @@ def _lane(
 ) -> tuple[int, int, int]:
     """Slots, bytes, and the bytes at the end of int4's warm-up, of one layer.
 
-    As `attnspan.cache` allocates: a policy with a bound its capacity at the first token, one without
-    half as much again whenever it is full; sinks dense and, where codes are kept, of their own.
+    As `attnspan.cache` allocates: a policy with a bound its capacity at the first token, one
+    without half as much again whenever it is full; sinks dense and, beside codes, of their own.
     """
     heads, dim = batch * spec.kv_heads, spec.head_dim
     coded, dense = bytes_per_token(storage, dim, itemsize), 2 * dim * itemsize
@@ -397,11 +397,12 @@ def _grown(tokens: int) -> int:
 def _transformers(spec: ModelSpec, tokens: int, batch: int, itemsize: int, call: int) -> CacheBytes:
     """`DynamicCache(config=model.config)` of transformers 5.23.
 
-    A sliding layer joins what it has with what is new, attends, and keeps the last `window - 1` as a
-    slice, which keeps the joined tensor alive until the next call. So its memory is that of
+    A sliding layer joins what it has with what is new, attends, and keeps the last `window - 1` as
+    a slice, which keeps the joined tensor alive until the next call. So its memory is that of
     `window - 1` tokens and those of the last call, and right after one call for the whole prompt it
     is that of all tokens. Chunks are held as windows are. With a window of 1 the slice is of
-    everything, and nothing is ever given up.
+    everything, and nothing is ever given up. Each sliding layer has a tensor of 8 bytes besides.
+    Latent attention holds latents.
     """
     token, last = batch * _token(spec, "dense", itemsize), min(call, tokens)
     sliding = sum(w is not None and own for w, own in zip(spec.windows, _own(spec), strict=True))
@@ -434,8 +435,8 @@ def _vllm(
     """What vLLM reserves of its blocks for a batch of requests of `tokens` tokens each.
 
     A full layer has blocks for all tokens; a sliding one for `window - 1` tokens and those that are
-    scheduled at once, and one block more, for a window may start inside a block; a chunked one for a
-    chunk and those scheduled. Layers of one kind are split into groups of equal size, and a group
+    scheduled at once, and one block more, for a window may start inside a block; a chunked one for
+    a chunk and those scheduled. Layers of one kind are split into groups of equal size, and a group
     that lacks layers is padded with empty ones.
     """
     token = batch * _token(spec, "dense", itemsize)

@@ -72,6 +72,7 @@ class ModelSpec:
         shares: for each layer the earlier one whose keys and values it reads; None: its own. Empty:
             all have their own.
         learned_sinks: each head has a logit of its own in the softmax, and no key to it.
+        family: `model_type` of its config; empty: not known.
         aside: weights beside the embedding and the output's matrix that no layer multiplies with:
             further embeddings, the output's biases.
     """
@@ -96,6 +97,7 @@ class ModelSpec:
     latent: Latent | None = None
     shares: tuple[int | None, ...] = ()
     learned_sinks: bool = False
+    family: str = ""
     aside: int = 0
 
     @property
