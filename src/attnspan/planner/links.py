@@ -165,6 +165,7 @@ DEVICES = {
     )
 }
 
+GPUS = tuple(name for name in DEVICES if name != "cpu")
 
 FORMAT = "attnspan-machine-1"
 # For each part of the file its keys, what they fill, and whether they may be left out.

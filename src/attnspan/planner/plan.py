@@ -25,7 +25,7 @@ from attnspan.planner.layers import (
     ring_patterns,
     token_bytes,
 )
-from attnspan.planner.links import Device, Link, Machine, find_device, machine
+from attnspan.planner.links import GPUS, Device, Link, Machine, find_device, machine
 from attnspan.planner.operations import Phase, decode, prefill
 from attnspan.planner.presets import model as find_model
 from attnspan.planner.quantities import MOST_TOKENS, shown, size
@@ -229,7 +229,7 @@ def plan(
         cache = pattern_cache(spec, views, context, batch, token)
     kinds = layer_kinds(spec, views, words, cache, context, patterns is not None)
     held_weights = weight_bytes(spec, weights)
-    peak, working = _activations(spec, context, batch, engine, chunk, devices)
+    peak, working = _activations(spec, context, batch, engine, chunk, devices, rates)
     ahead = prefill(spec, kinds, context, batch, weights, rates, devices, token)
     ring, share, hop = None, cache.total, None
     if devices > 1:
@@ -285,7 +285,8 @@ def plan(
             step is not None,
             pattern is not None,
             needs_scores(spec, policy),
-        ),
+        )
+        + peak.notes,
     )
 
 
@@ -335,12 +336,27 @@ def _pattern_text(pattern: Pattern | Sequence[Pattern]) -> str:
 
 
 def _activations(
-    spec: ModelSpec, context: int, batch: int, engine: str, chunk: int | None, devices: int
+    spec: ModelSpec,
+    context: int,
+    batch: int,
+    engine: str,
+    chunk: int | None,
+    devices: int,
+    device: Device,
 ) -> tuple[Peak, Working]:
     """Engines whose prefill isn't known are given the least there is."""
     known = engine if engine in activations.ENGINES else "theory"
+    threads = None if device.name in GPUS else 1
     flash, standard = (
-        prefill_peak(spec, context, batch=batch, attention=kind, engine=known, chunk=chunk)
+        prefill_peak(
+            spec,
+            context,
+            batch=batch,
+            attention=kind,
+            engine=known,
+            chunk=chunk,
+            threads=threads,
+        )
         for kind in ("flash", "standard")
     )
     rows = min(-(-context // devices), chunk or context)
