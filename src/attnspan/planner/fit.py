@@ -66,7 +66,7 @@ def longest(model: Any, **how: Any) -> Longest:
 
     >>> found = longest("mistral-7b-v0.3", memory="24GiB")
     >>> found.context, found.plan.fits, found.beyond.fits
-    (54800, True, False)
+    (55047, True, False)
     """
 
     def at(context: int) -> Plan:

@@ -50,7 +50,7 @@ class Capped(View):
     and W + G - 1 for a causal Longformer; None keeps all.
 
     >>> Capped(None).pairs(100_000), Capped(4095).pairs(100_000)
-    (5000050000, 401214720)
+    (5000050000, 401213440)
     """
 
     kept: int | None

@@ -24,7 +24,7 @@ def weight_bytes(spec: ModelSpec, kind: str = "bf16") -> int:
 
     >>> from attnspan.planner.presets import model
     >>> weight_bytes(model("mistral-7b")), weight_bytes(model("mistral-7b"), "int4")
-    (14483464192, 4123138048)
+    (14483464192, 4123138112)
     """
     return coded(spec.parameters - apart(spec), kind) + 2 * apart(spec)
 
