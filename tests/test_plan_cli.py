@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "plan", "mistral-7b", "--context", "100_000", "--compare", "--explain")
     assert "512.0 MiB" in out
-    assert "H2O heavy:2048+window:1985" in out
+    assert "H2O (heavy:2048+window:1985)" in out
     assert "    32 * 1 * 4096 * 4096 = 536,870,912 bytes" in out
     shape = out.partition("keys and values of a token in a layer:")[0]
     assert max(map(len, shape.splitlines())) <= 100

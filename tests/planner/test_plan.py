@@ -120,6 +120,62 @@ def test_gemma_3_by_hand() -> None:
     assert found.decode.bytes == 2 * found.spec.parameters + held
 
 
+CHUNKED = {
+    "model_type": "llama4_text",
+    "num_hidden_layers": 8,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "intermediate_size_mlp": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "attention_chunk_size": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+}
+SHARED = {
+    "model_type": "gemma3n_text",
+    "num_hidden_layers": 10,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "sliding_window": 128,
+    "num_kv_shared_layers": 4,
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+}
+
+
+def test_chunks_by_hand() -> None:
+    """Three layers of four see their own chunk of 128; token 5,000 is the 8th of its chunk."""
+    chunked, full = plan(CHUNKED, 5000).kinds
+    assert (chunked.name, chunked.layers, chunked.held, chunked.read) == ("chunked", 6, 128, 8)
+    assert chunked.pairs == 39 * 128 * 129 // 2 + 8 * 9 // 2
+    assert (full.layers, full.read, full.pairs) == (2, 5000, 5000 * 5001 // 2)
+
+
+def test_shared_keys_by_hand() -> None:
+    """The last 4 of 10 layers hold nothing, and read what earlier layers hold."""
+    found = plan(SHARED, 5000)
+    token = 2 * 2 * 32 * 2
+    assert {kind.name: (kind.layers, kind.held, kind.read) for kind in found.kinds} == {
+        "sliding": (5, 128, 128),
+        "full": (1, 5000, 5000),
+        "sliding, shared": (3, 0, 128),
+        "full, shared": (1, 0, 5000),
+    }
+    assert found.cache.total == (5 * 128 + 5000) * token
+    assert found.decode is not None
+    reads = (8 * 128 + 2 * 5000) * token
+    weights = found.decode.bytes - reads
+    assert weights == 2 * (found.spec.parameters - found.spec.aside)
+    # Prefill writes what six layers hold, and all ten read.
+    assert found.prefill.bytes == weights + 5000 * token * (6 + 10)
+
+
 def test_latents_by_hand() -> None:
     """DeepSeek V3: 512 + 64 numbers of a token in each of 61 layers; keys are 192 wide, values 128,
     and a decoded token reads latents."""
@@ -214,9 +270,18 @@ def evaluates(line: Line) -> bool:
     return found == pytest.approx(line.value, rel=1e-12)
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
-@pytest.mark.parametrize("name", ["llama-3-8b", "gemma-3-4b", "mixtral-8x7b"])
-def test_every_formula_gives_its_figure(name: str, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (name, how)
+        for name in ("llama-3-8b", "gemma-3-4b", "mixtral-8x7b", CHUNKED, SHARED)
+        for how in HOWS
+        # Neither attnspan's cache nor a ring holds chunks or shared keys.
+        if isinstance(name, str) or not (how.get("engine") == "attnspan" or "devices" in how)
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_every_formula_gives_its_figure(name: str | dict[str, Any], how: dict[str, Any]) -> None:
     lines = plan(name, 5000, **how).explain()
     assert all(evaluates(line) for line in lines)
     for line in lines:  # what is printed is the same
@@ -310,6 +375,8 @@ def test_the_comparison() -> None:
     assert window.cache_ratio == full.cache / window.cache
     assert found.decode is not None
     assert window.decode_bytes == found.decode.bytes
+    assert (full.sees, window.sees) == ("", "window:4096")
+    assert rows["H2O"].sees == "heavy:2048+window:1985"
     assert rows["strided"].cache == full.cache  # its queries see every key in turn
     assert rows["blockwise"].pairs < window.pairs
     # Each holds the budget at most.

@@ -10,6 +10,7 @@ from attnspan.planner.engines import CacheBytes, cache_bytes
 from attnspan.planner.layers import layer_kinds, layer_views, pattern_cache, token_bytes
 from attnspan.planner.operations import decode, prefill
 from attnspan.planner.seen import Capped, Chunks, Strides, View
+from attnspan.planner.spec import ModelSpec
 from attnspan.policies import Compressive, HeavyHitter, Policy, SinkWindow, Window
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Row:
 
     Attributes:
         name: its kind.
-        sees: its SPEC text, or its pattern.
+        sees: its SPEC text or its pattern; empty where it has none.
         cache: bytes.
         pairs: that prefill computes, of all layers.
         prefill_operations: matrix products included.
@@ -94,18 +95,17 @@ def compare(plan: Plan, budget: int | None = None) -> tuple[Row, ...]:
             f"budget is {budget!r}; a whole number of at least {_LEAST} tokens is allowed"
         )
     rows: list[Row] = []
-    for name, views, words, cache in _entries(plan, budget):
+    for name, text, views, words, cache in _entries(plan, budget):
         kinds = layer_kinds(spec, views, words, cache, n, True)
         token = token_bytes(spec, plan.storage)
         ahead = prefill(spec, kinds, n, plan.batch, plan.weights_kind, plan.device, 1, token)
         step = decode(spec, kinds, plan.batch, plan.weights_kind, plan.device, 1, token, None)
         pairs = sum(kind.layers * kind.pairs for kind in kinds)
         full = rows[0] if rows else None
-        sees = max(kinds, key=lambda kind: kind.pairs).sees if name != "as it is" else ""
         rows.append(
             Row(
                 name,
-                sees,
+                text,
                 cache.total,
                 pairs,
                 ahead.operations,
@@ -122,12 +122,12 @@ def compare(plan: Plan, budget: int | None = None) -> tuple[Row, ...]:
 
 def _entries(
     plan: Plan, budget: int
-) -> Iterator[tuple[str, tuple[View, ...], tuple[str, ...], CacheBytes]]:
+) -> Iterator[tuple[str, str, tuple[View, ...], tuple[str, ...], CacheBytes]]:
     spec, n = plan.spec, plan.context
 
-    def with_policy(name: str, of, policy: Policy | None):
+    def with_policy(name: str, of: ModelSpec, policy: Policy | None):
         held = cache_bytes(of, n, batch=plan.batch, policy=policy, storage=plan.storage)
-        return name, *layer_views(of, policy, None), held
+        return name, str(policy or ""), *layer_views(of, policy, None), held
 
     unbounded = replace(spec, windows=(None,) * spec.layers, chunked=False)
     yield with_policy("full", unbounded, None)
@@ -149,4 +149,4 @@ def _entries(
         acts = [window is None or not hybrid for window in spec.windows]
         views = tuple(view if a else each for a, each in zip(acts, own, strict=True))
         words = tuple(word if a else each for a, each in zip(acts, own_words, strict=True))
-        yield name, views, words, pattern_cache(spec, views, n, plan.batch, token)
+        yield name, word, views, words, pattern_cache(spec, views, n, plan.batch, token)

@@ -251,8 +251,9 @@ def _prefill(plan: Plan) -> list[Line]:
     lines.append(
         Line(
             "prefill, bytes",
-            "weights - embedding + 2 * batch * context * token * layers",
-            f"{plan.weights} - {unread(spec)} + 2 * {batch} * {n} * ({stored}) * {owners}",
+            "weights - embedding + batch * context * token * (layers that hold + layers that read)",
+            f"{plan.weights} - {unread(spec)} + {batch} * {n} * ({stored}) * "
+            f"({owners} + {spec.layers})",
             phase.bytes,
             "bytes",
         )

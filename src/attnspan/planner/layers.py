@@ -20,8 +20,8 @@ class Kind:
     """Layers that are alike.
 
     Attributes:
-        name: "full", "sliding", "chunked" or "latent"; "shared, ..." where they read the keys and
-            values of earlier layers.
+        name: "full", "sliding", "chunked", or "patterned" under a pattern that was asked for; with
+            ", latent" and, where they read the keys and values of earlier layers, ", shared".
         sees: what of the stream, in words: a policy, a window, a pattern.
         layers: how many.
         held: tokens whose keys and values a layer holds, of one sequence.
@@ -157,7 +157,8 @@ def layer_kinds(
     for layer, (view, word, window, of) in enumerate(
         zip(views, words, spec.windows, shares, strict=True)
     ):
-        name = "full" if window is None or patterned else "chunked" if spec.chunked else "sliding"
+        name = "full" if window is None else "chunked" if spec.chunked else "sliding"
+        name = "patterned" if patterned else name
         name = f"{name}, latent" if spec.latent is not None else name
         name = name if of is None else f"{name}, shared"
         found.setdefault((name, word, view, cache.layers[layer].slots), []).append(layer)

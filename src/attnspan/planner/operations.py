@@ -76,14 +76,14 @@ def prefill(
     token: int,
 ) -> Phase:
     """The output layer sees the last token alone. Weights are read once, all experts of them; keys
-    and values are written once and read once; activations aren't counted."""
+    and values are written once, and read once by each layer; activations aren't counted."""
     output = spec.vocabulary * spec.hidden
     linear = 2 * batch * (context * spec.linear_parameters + output)
     pairs = sum(kind.layers * kind.pairs for kind in kinds)
     attention = pair_operations(spec) * spec.heads * batch * pairs
     weighed = weight_bytes(spec, weights) - unread(spec)
     owners = sum(kind.layers for kind in kinds if kind.held)
-    moved = weighed + 2 * batch * context * token * owners
+    moved = weighed + batch * context * token * (owners + spec.layers)
     return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device)
 
 

@@ -175,7 +175,7 @@ def table(rows: Sequence[Row]) -> str:
         f"{row.decode_ratio:6.2f} {short(row.decode_seconds):>9}"
         for row in rows
     ]
-    named = "; ".join(f"{row.name} {row.sees}" for row in rows if row.sees and row.name != "full")
+    named = "; ".join(f"{row.name} ({row.sees})" for row in rows if row.sees)
     lines += folded(f"  {named}.")
     lines += folded(
         "  full/: full attention's figure over this one's. Pairs are those of all layers; reads "
