@@ -15,6 +15,7 @@ import click
 from attnspan import options
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
+from attnspan.verify_cli import verify
 
 if TYPE_CHECKING:
     from attnspan.evaluation.display import Bar
@@ -46,6 +47,7 @@ def app(context: click.Context, version: bool) -> None:
 app.add_command(plan)
 app.add_command(article)
 app.add_command(ring)
+app.add_command(verify)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
