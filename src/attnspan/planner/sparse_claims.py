@@ -150,7 +150,7 @@ def _streaming_quality() -> Claim:
     return Claim(
         "StreamingLLM keeps more than 95 % of the quality",
         "the paper gives perplexities: 5.40 against 5158 for the window alone (Llama-2-13B, 4 "
-        "sinks and 1,020 tokens, figure 1)",
+        "sinks and 1,020 tokens, table 1)",
         "no source",
         "The paper states no share of quality, and perplexity doesn't tell what of the dropped "
         "tokens could still be looked up: nothing. `attnspan compare` measures it on your text.",
