@@ -178,8 +178,8 @@ def table(rows: Sequence[Row]) -> str:
     named = "; ".join(f"{row.name} ({row.sees})" for row in rows if row.sees)
     lines += folded(f"  {named}.")
     lines += folded(
-        "  full: as if no layer had a window; full/: its figure over this one's. Pairs are those of "
-        "all layers, reads those of weights and cache; the whole context is on one device."
+        "  full: as if no layer had a window; full/: its figure over this one's. Pairs are those "
+        "of all layers, reads those of weights and cache; the whole context is on one device."
     )
     return "\n".join(lines)
 
