@@ -172,6 +172,8 @@ def test_shared_keys_by_hand() -> None:
     reads = (8 * 128 + 2 * 5000) * token
     weights = found.decode.bytes - reads
     assert weights == 2 * (found.spec.parameters - found.spec.aside)
+    patterned = plan(SHARED, 5000, pattern="SlidingWindow(100)")
+    assert patterned.cache.total == 6 * 100 * token
     # Prefill writes what six layers hold, and all ten read.
     assert found.prefill.bytes == weights + 5000 * token * (6 + 10)
 
@@ -207,6 +209,9 @@ def test_a_ring_by_hand() -> None:
     assert found.prefill.seconds == 2 * found.ring.seconds
     # As the ring's own model: residual stream, norm and feed-forward; two rounds, outputs in fp32.
     shard = 16_384
+    assert found.working.head == 2 * shard * 131_072
+    assert found.working.standard == 2 * 32 * found.working.head
+    assert found.working.flash == 2 * 32 * 4 * shard
     activations = 2 * shard * (2 * 4096 + 2 * 14_336)
     extra = 2 * shard * 2 * 8 * 128 * 2 + 129 * 32 * 4 * shard
     assert found.activations.bytes == activations + extra
@@ -219,6 +224,24 @@ def test_a_ring_by_hand() -> None:
     # A window's few tokens lie evenly over the devices too.
     small = plan("llama-3.1-8b", 131_072, devices=8, policy=SinkWindow(4, 4092), storage="int8")
     assert small.cache_share == 32 * 512 * 8 * 2 * 130
+
+
+def test_a_ring_that_does_not_divide_the_context() -> None:
+    """10 tokens on 3 devices: the fullest has 4."""
+    found = plan("llama-3-8b", 10, devices=3)
+    assert found.cache_share == 4 * 131_072
+    assert found.decode is not None
+    weights = 2 * (8_030_261_248 - 128_256 * 4096)
+    assert found.decode.bytes == weights + 4 * 131_072
+    assert found.decode.attention == 32 * 32 * 4 * 128 * 4
+
+
+def test_what_fills_the_memory_fits() -> None:
+    total = plan("llama-3-8b", 1000).total
+    for memory, fits in ((total, True), (total - 1, False)):
+        found = plan("llama-3-8b", 1000, memory=memory)
+        assert (found.fits, found.spare) == (fits, memory - total)
+        assert ("doesn't fit, 1 B too much" in str(found)) is not fits
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def markdown() -> str:
     for number, each in enumerate(claims(), 1):
         links = ", ".join(f"[{n}]({source})" for n, source in enumerate(each.sources, 1))
         cells = (each.claim, each.verdict, each.right, f"{each.why} {links}".strip())
-        row = " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells)
+        row = " | ".join(cell.replace("*", "\\*") for cell in cells)
         lines.append(f"| {number} | {row} |")
     return "\n".join(lines)
 
