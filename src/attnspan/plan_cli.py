@@ -80,7 +80,9 @@ def plan(
         _list(json)
         return
     if model is None:
-        raise ValueError("MODEL is missing; a name from `attnspan plan --list`, or a path, is")
+        raise ValueError(
+            "MODEL is missing; a name from `attnspan plan --list`, or a path, is allowed"
+        )
     if _opaque(model, json):
         return
     if budget is not None and not compare:
