@@ -11,6 +11,7 @@ import torch
 
 from attnspan import bench
 from attnspan.cli import main
+from attnspan.planner.links import find_device
 
 FIELDS = {"what", "pattern", "impl", "dtype", "n", "seconds", "rate", "runs"}
 
@@ -110,6 +111,12 @@ def test_calibrate_stores_rates_where_the_user_keeps_settings(
         f"backward {window} cpu float32",
         "decode read",
     }
+    # What `attnspan plan --device calibrated` takes.
+    device = find_device("calibrated")
+    assert device.memory_bandwidth == rates["read float32"]
+    assert device.linear == max(rates["product float32"], rates["product bfloat16"])
+    assert device.forward == max(rate for name, rate in rates.items() if "forward" in name)
+    assert device.name == stored["meta"]["device"]
 
 
 @pytest.mark.parametrize(

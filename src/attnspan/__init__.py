@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from attnspan.patterns import Sinks as Sinks
     from attnspan.patterns import SlidingWindow as SlidingWindow
     from attnspan.patterns import Strided as Strided
+    from attnspan.planner.plan import plan as plan
     from attnspan.policies import Compressive as Compressive
     from attnspan.policies import HeavyHitter as HeavyHitter
     from attnspan.policies import KeepAll as KeepAll
@@ -60,6 +61,7 @@ _HOMES = {
         "SlidingWindow",
         "Strided",
     ),
+    "planner.plan": ("plan",),
     "policies": ("Compressive", "HeavyHitter", "KeepAll", "PerLayer", "SinkWindow", "Window"),
     "ring": (
         "Contiguous",

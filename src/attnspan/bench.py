@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from attnspan.patterns import (
     Strided,
     pairs,
 )
+from attnspan.planner.links import RATES, rates_path
 from attnspan.views import attend
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -211,7 +213,8 @@ def calibrate() -> Path:
     """Measures this machine's rates and stores them for the planner; gives the file.
 
     It lies in `$XDG_CONFIG_HOME/attnspan/rates.json` (`~/.config` by default): operations a second
-    of products and of windowed attention, bytes a second of reads and of decoding.
+    of products and of windowed attention, bytes a second of reads and of decoding; and under
+    `device` those that `attnspan plan --device calibrated` takes.
     """
     a = torch.randn(2048, 2048)
     # Small: processors without instructions for bfloat16 do a hundredth of their float32 rate.
@@ -223,15 +226,36 @@ def calibrate() -> Path:
         _Case("read", None, "float32", torch.float32, 1 << 25, big.nbytes, big.sum, []),
     ]
     rates = {f"{row.what} {row.impl}": row.rate for row in _measured(cases, 9)}
+    fastest = {"forward": 0.0, "backward": 0.0}
     for row in prefill(8192, PATTERNS[1:2], 5, peers=False):
         rates[f"{row.what} {row.pattern} {row.impl} {row.dtype}"] = row.rate
+        fastest[row.what] = max(fastest[row.what], row.rate)
     for row in decode(runs=5):
         rates[f"decode {row.impl}"] = row.rate
-    root = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path = root / "attnspan" / "rates.json"
+    about, path = machine(), rates_path()
+    device = {
+        "name": about["device"] or "calibrated",
+        "source": f"attnspan bench --calibrate, {date.today().isoformat()}, {about['threads']} "
+        f"threads, torch {about['torch']}; the faster of float32 and bfloat16",
+        "forward_flop_per_s": fastest["forward"],
+        "backward_flop_per_s": fastest["backward"],
+        "linear_flop_per_s": max(rates["product float32"], rates["product bfloat16"]),
+        "memory_bytes": _installed(),
+        "memory_bytes_per_s": rates["read float32"],
+        "call_s": 0.0,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, to_json({"meta": machine(), "rates": rates}).encode())
+    held = {"format": RATES, "meta": about, "device": device, "rates": rates}
+    write_file(path, to_json(held).encode())
     return path
+
+
+def _installed() -> int | None:
+    """Bytes of this machine's memory, where the system tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from attnspan import options
+from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 from attnspan.verify_cli import verify
 
@@ -43,6 +44,8 @@ def app(context: click.Context, version: bool) -> None:
         context.exit(2)
 
 
+app.add_command(plan)
+app.add_command(article)
 app.add_command(ring)
 app.add_command(verify)
 

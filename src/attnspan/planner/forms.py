@@ -27,11 +27,10 @@ from attnspan.patterns.library import (
     SlidingWindow,
     Strided,
 )
+from attnspan.planner.quantities import MOST_RANKS, MOST_TOKENS
 from attnspan.planner.work import Table, Work
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
-MOST_RANKS = 1024
-MOST_TOKENS = 2**31
 _FAR = 2**40
 _TERMS = 5  # pairs of a union are counted by inclusion and exclusion, 2**5 sums at the most
 

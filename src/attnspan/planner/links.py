@@ -6,6 +6,7 @@ A rate is what was reached, not what a data sheet promises, wherever a measureme
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,7 @@ DEVICES = {
     )
 }
 
+GPUS = tuple(name for name in DEVICES if name != "cpu")
 
 FORMAT = "attnspan-machine-1"
 # For each part of the file its keys, what they fill, and whether they may be left out.
@@ -208,28 +210,96 @@ def from_dict(given: Any, where: str) -> Machine:
         given = given["machine"]
     if not isinstance(given, Mapping) or given.get("format") != FORMAT:
         raise ValueError(f'{where}: it is no measured link; an object of "format": "{FORMAT}" is')
-    values: dict[str, dict[str, Any]] = {}
-    for part, keys in _FIELDS.items():
-        held = given.get(part)
-        if not isinstance(held, Mapping):
-            raise ValueError(f"{where}: {part} is {held!r}; an object is allowed")
-        unknown = set(held) - set(keys) - {"name", "source"}
-        if unknown:
-            raise ValueError(
-                f"{where}: {part} has {', '.join(sorted(unknown))}; allowed are {', '.join(keys)}"
-            )
-        values[part] = {field: _figure(held, key, where) for key, field in keys.items()}
-        values[part] |= {
-            "name": str(held.get("name", "measured")),
-            "source": str(held.get("source", where)),
-        }
-    link, device = values["link"], values["device"]
-    device["backward"] = device["backward"] or device["forward"]
-    device["linear"] = device["linear"] or device["forward"]
-    device["memory_bandwidth"] = device["memory_bandwidth"] or link["bandwidth"]
-    device["call"] = device["call"] or 0.0
+    link, device = (
+        _part("link", given.get("link"), where),
+        _part("device", given.get("device"), where),
+    )
     link["overlap"] = 1.0 if link["overlap"] is None else link["overlap"]
-    return Machine(Device(**device), Link(**link))
+    return Machine(_device(device, link["bandwidth"]), Link(**link))
+
+
+def _part(part: str, held: Any, where: str) -> dict[str, Any]:
+    """A device's or a link's figures by the names of their fields; those left out are None."""
+    keys = _FIELDS[part]
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{where}: {part} is {held!r}; an object is allowed")
+    unknown = set(held) - set(keys) - {"name", "source"}
+    if unknown:
+        raise ValueError(
+            f"{where}: {part} has {', '.join(sorted(unknown))}; allowed are {', '.join(keys)}"
+        )
+    values: dict[str, Any] = {field: _figure(held, key, where) for key, field in keys.items()}
+    return values | {
+        "name": str(held.get("name", "measured")),
+        "source": str(held.get("source", where)),
+    }
+
+
+def _device(values: dict[str, Any], bandwidth: float) -> Device:
+    """Without a rate of their own, backward and products run at the forward's, bytes at this."""
+    values["backward"] = values["backward"] or values["forward"]
+    values["linear"] = values["linear"] or values["forward"]
+    values["memory_bandwidth"] = values["memory_bandwidth"] or bandwidth
+    values["call"] = values["call"] or 0.0
+    return Device(**values)
+
+
+RATES = "attnspan-rates-1"
+
+
+def rates_path() -> Path:
+    """Where `attnspan bench --calibrate` keeps a machine's rates."""
+    root = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return root / "attnspan" / "rates.json"
+
+
+def find_device(name: str) -> Device:
+    """A device by its name, "calibrated" for this machine as it was measured, or a file of rates.
+
+    The file is what `attnspan bench --calibrate` or `attnspan ring check --json` wrote: an object
+    of "format": "attnspan-rates-1" with a "device" as in `from_dict` that gives
+    `memory_bytes_per_s`, or a measured machine.
+
+    Raises:
+        ValueError: one sentence: there is no such device, no calibration yet, or a wrong file.
+
+    >>> find_device("h100").memory_bandwidth
+    3350000000000.0
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    path = rates_path() if name == "calibrated" else Path(name)
+    if not path.is_file():
+        if name == "calibrated":
+            raise ValueError(
+                f"device calibrated: there is no {path}; `attnspan bench --calibrate` makes it"
+            )
+        raise ValueError(
+            f"device {name!r} is not known; allowed are {', '.join(DEVICES)}, calibrated, and a "
+            "file that `attnspan bench --calibrate` or `attnspan ring check --json` wrote"
+        )
+    where = f"device {path}"
+    given = _json(path, where)
+    if isinstance(given, Mapping) and given.get("format") == RATES:
+        values = _part("device", given.get("device"), where)
+        if values["memory_bandwidth"] is None:
+            raise ValueError(f"{where}: memory_bytes_per_s is None; a number above 0 is allowed")
+        return _device(values, values["memory_bandwidth"])
+    if isinstance(given, Mapping) and "rates" in given and "format" not in given:
+        raise ValueError(
+            f"{where}: it was made by an earlier attnspan, without what a device is planned by; "
+            "`attnspan bench --calibrate` makes it anew"
+        )
+    return from_dict(given, where).device
+
+
+def _json(path: Path, where: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: it is no JSON ({error})") from None
 
 
 def _figure(held: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -272,11 +342,6 @@ def machine(link: str, device: str | None = None) -> Machine:
             f"link {link!r} is not known; allowed are {', '.join(LINKS)}, and a file that "
             "`attnspan ring check --json` wrote"
         )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"link {link}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"link {link}: it is no JSON ({error})") from None
+    given = _json(path, f"link {link}")
     measured = from_dict(given, f"link {link}")
     return measured if device is None else replace(measured, device=DEVICES[device])

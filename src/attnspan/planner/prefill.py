@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attnspan.patterns.algebra import Pattern
@@ -74,7 +74,8 @@ class Simulation:
         spec: the model.
         context: tokens.
         machine: devices, and the link between the ring's ranks.
-        pattern: of all layers; None: causal, within the windows that the model has.
+        pattern: of all layers, or one for each; None: causal, within the windows that the model
+            has.
         layout: "contiguous", "zigzag" or "striped".
         tensor: devices among which each rank of the ring splits heads and weights.
         weights: "bf16", or "fp8": feed-forward weights of one byte, multiplied at twice the rate.
@@ -96,7 +97,7 @@ class Simulation:
         context: int,
         machine: Machine,
         *,
-        pattern: Pattern | None = None,
+        pattern: Pattern | Sequence[Pattern] | None = None,
         layout: str = "zigzag",
         tensor: int = 1,
         weights: str = "bf16",
@@ -123,6 +124,8 @@ class Simulation:
             [Causal() if w is None else SlidingWindow(w) for w in spec.windows]
             if pattern is None
             else [pattern] * spec.layers
+            if isinstance(pattern, Pattern)
+            else list(pattern)
         )
         self.patterns = [(count, each) for each, count in Counter(patterns).items()]
         self._layers = [(count, works(each, context, layout)) for count, each in self.patterns]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-from attnspan.planner.forms import MOST_RANKS, MOST_TOKENS
-
+MOST_RANKS = 1024
+MOST_TOKENS = 2**31
 _SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
+_UNITS = {"B": 1} | {
+    f"{letter}{end}": base ** (power + 1)
+    for end, base in (("IB", 1024), ("B", 1000))
+    for power, letter in enumerate("KMGT")
+}
 
 
 def tokens(text: str) -> int:
@@ -69,3 +74,59 @@ def devices(text: str, step: int = 1) -> list[int]:
     if not found:
         raise ValueError(f"devices {text!r} holds no power of two that is a multiple of {step}")
     return found
+
+
+def size(text: str) -> int:
+    """Bytes: "80GiB" counts in 1,024s, "80GB" in 1,000s.
+
+    Raises:
+        ValueError: it is no size, or not of at least 1 byte.
+
+    >>> size("80GiB"), size("80 GB"), size("1.5MiB"), size("4096")
+    (85899345920, 80000000000, 1572864, 4096)
+    """
+    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    unit = _UNITS.get(match[2] or "B") if match else None
+    count = round(float(re.sub("[_,]", "", match[1])) * unit) if match and unit else 0
+    if not 1 <= count < 2**63:
+        raise ValueError(
+            f"memory {text!r} is no size; a number with GiB, MiB, KiB, TiB (1,024s) or GB, MB, KB, "
+            "TB (1,000s) is allowed"
+        )
+    return count
+
+
+def shown(count: float) -> str:
+    """Bytes in GiB, MiB or KiB.
+
+    >>> shown(17_179_869_184), shown(131_072), shown(100)
+    ('16.00 GiB', '128.0 KiB', '100 B')
+    """
+    for unit, scale, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if abs(count) >= scale:
+            return f"{count / scale:,.{digits}f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def short(seconds: float) -> str:
+    """Seconds, milliseconds or microseconds, three digits.
+
+    >>> short(12.345), short(0.00432), short(28e-6)
+    ('12.3 s', '4.32 ms', '28 us')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def scaled(count: float) -> str:
+    """A large number with a power of ten.
+
+    >>> scaled(5_000_050_000), scaled(1_234)
+    ('5.000e9', '1,234')
+    """
+    if count < 1e6:
+        return f"{count:,.0f}"
+    digits, power = f"{count:.3e}".split("e+")
+    return f"{digits}e{int(power)}"

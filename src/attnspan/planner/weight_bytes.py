@@ -1,0 +1,78 @@
+"""Bytes of a model's weights: what is held, and what a decoded token reads."""
+
+from __future__ import annotations
+
+from attnspan.planner.spec import ModelSpec
+
+WEIGHTS = ("bf16", "int8", "int4")
+GROUP = 128  # weights that share an fp16 scale
+_BITS = {"bf16": 16, "int8": 8, "int4": 4}
+
+
+def apart(spec: ModelSpec) -> int:
+    """Weights that no layer multiplies with: the embedding, the output layer where it is another
+    matrix, and what `spec.aside` counts."""
+    return spec.vocabulary * spec.hidden * (1 if spec.tied else 2) + spec.aside
+
+
+def weight_bytes(spec: ModelSpec, kind: str = "bf16") -> int:
+    """Bytes of all weights.
+
+    int8 and int4: codes with an fp16 scale for each 128 weights, as GPTQ and AWQ group them
+    (https://arxiv.org/abs/2210.17323, https://arxiv.org/abs/2306.00978). Embeddings and the output
+    layer stay in bf16; norms and biases, less than a thousandth, are counted with the codes.
+
+    >>> from attnspan.planner.presets import model
+    >>> weight_bytes(model("mistral-7b")), weight_bytes(model("mistral-7b"), "int4")
+    (14483464192, 4123138112)
+    """
+    return coded(spec.parameters - apart(spec), kind) + 2 * apart(spec)
+
+
+def coded(count: float, kind: str) -> int:
+    """Bytes of so many weights with their scales.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in WEIGHTS:
+        raise ValueError(f"weights {kind!r} is not known; allowed are {', '.join(WEIGHTS)}")
+    codes = -(-count * _BITS[kind] // 8)
+    return int(codes) if kind == "bf16" else int(codes + 2 * -(-count // GROUP))
+
+
+def distinct(total: int, active: int, batch: int) -> float:
+    """Experts of a layer that a batch takes: `total * (1 - (1 - active / total) ** batch)`.
+
+    It is the expectation where each token takes `active` of them, all alike probable, and no token
+    minds what others take.
+
+    >>> distinct(8, 2, 1), distinct(8, 2, 4)
+    (2.0, 5.46875)
+    """
+    return total * (1 - (1 - active / total) ** batch)
+
+
+def expert(spec: ModelSpec) -> float:
+    """Weights of one routed expert, over all layers that have them; 0 without experts."""
+    if spec.experts is None or spec.active is None:
+        return 0.0
+    return (spec.parameters - spec.active) / (spec.experts.total - spec.experts.active)
+
+
+def read_bytes(spec: ModelSpec, kind: str, batch: int) -> int:
+    """Bytes of weights that a step of decoding reads for a batch of one token each.
+
+    All layers, the experts that some token takes, and the output layer. Of an embedding that is a
+    matrix of its own a token needs one row, which isn't counted.
+    """
+    count: float = spec.parameters - apart(spec)
+    if spec.experts is not None:
+        unread = spec.experts.total - distinct(spec.experts.total, spec.experts.active, batch)
+        count -= unread * expert(spec)
+    return coded(count, kind) + 2 * spec.vocabulary * spec.hidden
+
+
+def unread(spec: ModelSpec) -> int:
+    """Bytes of embeddings that aren't the output layer, of which a token needs a row each."""
+    return 2 * (apart(spec) - spec.vocabulary * spec.hidden)
