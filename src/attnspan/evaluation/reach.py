@@ -1,0 +1,381 @@
+"""How far a model really sees: what one token changes, against the distance to it.
+
+Measured in two ways that share nothing but the model. `gradients`: the norm of the gradient of the
+log-probability of the token that follows place i, with respect to the input embedding at j.
+`changes`: the token at j is replaced by another, and the model's distribution at i >= j is held
+against the one before, as Kullback and Leibler's divergence. Both are exactly zero where no path
+leads from j to i: a masked weight is a zero, not a small number, and all that is compared went
+through the same kernels in the same shapes, so that what depends on the same numbers has the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnspan.planner.reach import bound as bound
+
+SHARES = (0.5, 0.9, 0.99)
+"""Of the influence; the distances that hold them are given."""
+
+FIRST = 4
+"""Tokens at the start whose influence is summed apart: as sinks they act at every distance."""
+
+PLACES = 8
+"""Places of each sequence that are asked for gradients, and tokens of it that are replaced."""
+
+_BINS_PER_OCTAVE = 4
+# Tokens in one batch of forwards.
+_CPU_TOKENS, _CUDA_TOKENS = 4096, 32_768
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Influence against distance, the mean over all pairs of tokens that were measured.
+
+    Attributes:
+        mean: of each distance from 0 (the token itself) on. Nats of divergence, or the norm of a
+            gradient; only ratios within one curve mean something.
+        pairs: how many pairs of tokens each distance's mean is over; the first tokens left out.
+        within: for each of `SHARES` the smallest distance up to which the means hold that share.
+        spread: the smallest and the largest of that distance, each single place by itself.
+        first: the share of all influence that the first tokens have.
+        beyond: the largest influence beyond the bound; zero, or the model is not what it says.
+            None: there is no bound, or no distance beyond it was measured.
+        beyond_pairs: pairs of tokens farther apart than the bound.
+    """
+
+    mean: tuple[float, ...]
+    pairs: tuple[int, ...]
+    within: tuple[int, ...]
+    spread: tuple[tuple[int, int], ...]
+    first: float
+    beyond: float | None
+    beyond_pairs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: the curve in bins of distances that widen with the distance."""
+        return {
+            "within": {f"{share:g}": d for share, d in zip(SHARES, self.within, strict=True)},
+            "spread": {f"{share:g}": d for share, d in zip(SHARES, self.spread, strict=True)},
+            "first_tokens": self.first,
+            "beyond_bound": self.beyond,
+            "beyond_bound_pairs": self.beyond_pairs,
+            "curve": list(self._binned()),
+        }
+
+    def _binned(self) -> Iterator[dict[str, Any]]:
+        start = 0
+        while start < len(self.mean):
+            stop = min(
+                len(self.mean), max(start + 1, math.ceil(start * 2 ** (1 / _BINS_PER_OCTAVE)))
+            )
+            pairs = sum(self.pairs[start:stop])
+            total = math.fsum(
+                m * p for m, p in zip(self.mean[start:stop], self.pairs[start:stop], strict=True)
+            )
+            yield {
+                "from": start,
+                "to": stop - 1,
+                "mean": total / pairs if pairs else None,
+                "pairs": pairs,
+            }
+            start = stop
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The measured reach of a model.
+
+    Attributes:
+        bound: the distance that was held to be the farthest possible; None: no bound.
+        length: tokens of each sequence.
+        sequences: how many.
+        gradients: see the module.
+        changes: see the module.
+    """
+
+    bound: int | None
+    length: int
+    sequences: int
+    gradients: Influence
+    changes: Influence
+
+    @property
+    def defects(self) -> tuple[str, ...]:
+        """A sentence for each measure that is not exactly zero beyond the bound."""
+        return tuple(
+            f"{name} beyond the bound of {self.bound:,} tokens are not zero: up to "
+            f"{influence.beyond:.3g} over {influence.beyond_pairs:,} pairs of tokens"
+            for name, influence in (("gradients", self.gradients), ("changes", self.changes))
+            if influence.beyond
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "bound": self.bound,
+            "length": self.length,
+            "sequences": self.sequences,
+            "gradients": self.gradients.as_dict(),
+            "changes": self.changes.as_dict(),
+            "defects": list(self.defects),
+        }
+
+
+def measure(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    bound: int | None = None,
+    places: int = PLACES,
+    first: int = FIRST,
+    strict: bool = True,
+    seed: int = 0,
+    report: Callable[[int, int], None] | None = None,
+) -> Reach:
+    """The reach of `model` on some sequences, by gradients and by changes.
+
+    Gradients are asked at `places` places of the second half of each sequence, the last among them,
+    one forward and backward each. Tokens are replaced at `places` places spread over each sequence,
+    each by one drawn from the sequence itself, in batches. So memory is linear in the length where
+    the model's attention is, and doesn't grow with the places.
+
+    Args:
+        model: of transformers, with a head, in eval mode, as it is or inside `attach(model,
+            pattern=...)`; its weights are left as they are.
+        ids: `(sequences, length)`, on the model's device.
+        bound: the farthest distance possible (`bound(windows)`); None: nothing is asserted.
+        places: of each sequence.
+        first: tokens at the start that may be seen from everywhere, sinks. They are left out of
+            all but `Influence.first`, of what is asserted too.
+        strict: raise where the influence beyond the bound isn't exactly zero; False leaves it to
+            `Reach.defects`.
+        seed: of the replacements.
+        report: is told how many forwards are done, and of how many.
+
+    Raises:
+        ValueError: the model is in training mode, or the sequences are too short.
+        ArithmeticError: an influence beyond the bound, or one of a later token, is not zero, or
+            some output is not finite.
+    """
+    if ids.dim() != 2 or ids.shape[1] < first + 4:
+        raise ValueError(
+            f"ids is {tuple(ids.shape)}; (sequences, length) with a length of at least {first + 4} "
+            "is allowed"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if isinstance(places, bool) or not isinstance(places, int) or places < 1:
+        raise ValueError(f"places is {places!r}; a whole number of at least 1 is allowed")
+    length = ids.shape[1]
+    queries = _spread(length // 2, length - 2, places)
+    replaced = _spread(first, length - 2, places)
+    total, done = len(ids) * (len(queries) + len(replaced) + 1), 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        if report is not None:
+            report(done, total)
+
+    gradients = _Sums(length, bound, first)
+    changes = _Sums(length, bound, first)
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(model):
+        for row in ids:
+            for place in queries:
+                values = gradient(model, row, place)
+                if bool(values[place + 1 :].any()):
+                    raise ArithmeticError(
+                        f"the token after place {place} has an influence on what comes before it: "
+                        "the model isn't causal"
+                    )
+                # From the query backwards, so that an index is a distance.
+                gradients.add_query(values[: place + 1].flip(0))
+                told(1)
+            others = _replacements(row, replaced, generator)
+            for place, values in changed(model, row, others, told):
+                changes.add_source(place, values)
+    found = Reach(bound, length, len(ids), gradients.influence(), changes.influence())
+    if strict and found.defects:
+        raise ArithmeticError("; ".join(found.defects))
+    return found
+
+
+def gradient(model: nn.Module, ids: Tensor, place: int) -> Tensor:
+    """The norms of d log p(ids[place + 1] | ids[..place]) / d embedding of each token, `(n,)`.
+
+    float64, on the CPU.
+    """
+    embeddings = model.get_input_embeddings()(ids[None]).detach()  # type: ignore[operator]
+    embeddings.requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(
+            inputs_embeds=embeddings,
+            use_cache=False,
+            logits_to_keep=torch.tensor([place], device=ids.device),
+        ).logits[0, 0]
+        chosen = logits.float().log_softmax(-1)[ids[place + 1]]
+    (grad,) = torch.autograd.grad(chosen, embeddings)
+    norms = grad[0].double().norm(dim=-1).cpu()
+    if not bool(norms.isfinite().all()):
+        raise ArithmeticError(f"a gradient at place {place} is not finite")
+    return norms
+
+
+def changed(
+    model: nn.Module,
+    ids: Tensor,
+    others: Sequence[tuple[int, int]],
+    told: Callable[[int], None] = lambda count: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """For each (place, other id) the divergence at every i >= place once that token is replaced.
+
+    KL(before || after) in nats, float64, index 0 at the place itself. Before and after are the same
+    row of two batches of one shape, since the bits of a row may depend on where it lies.
+    """
+    budget = _CUDA_TOKENS if ids.is_cuda else _CPU_TOKENS
+    rows = max(1, min(len(others), budget // len(ids)))
+    with torch.inference_mode():
+        before = model(input_ids=ids.expand(rows, -1).contiguous(), use_cache=False).logits
+        told(1)
+        for start in range(0, len(others), rows):
+            some = others[start : start + rows]
+            batch = ids.repeat(rows, 1)
+            for row, (place, other) in enumerate(some):
+                batch[row, place] = other
+            after = model(input_ids=batch, use_cache=False).logits
+            for row, (place, _) in enumerate(some):
+                if not torch.equal(before[row, :place], after[row, :place]):
+                    raise ArithmeticError(
+                        f"replacing the token at {place} changes what comes before it: the model "
+                        "isn't causal, or its kernels give other bits each time"
+                    )
+                yield place, _divergence(before[row, place:], after[row, place:])
+            told(len(some))
+
+
+def _divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL of each row, `(n, vocabulary)` to `(n,)`; zero exactly where the logits are the same."""
+    parts: list[Tensor] = []
+    # Some rows at a time: float64 of a large vocabulary is more than the model's own output.
+    for a, b in zip(before.split(64), after.split(64), strict=True):
+        ours = a.double().log_softmax(-1)
+        gap = b.double().log_softmax(-1) - ours
+        # sum p * -gap; since sum p * exp(gap) = 1, this is the same without its cancellation.
+        parts.append((ours.exp() * (gap.expm1() - gap)).sum(-1))
+    values = torch.cat(parts).cpu()
+    if not bool(values.isfinite().all()):
+        raise ArithmeticError("a divergence is not finite: the model's output is broken")
+    return values
+
+
+class _Sums:
+    """Adds up influences by distance, the first tokens' apart."""
+
+    def __init__(self, length: int, bound: int | None, first: int) -> None:
+        self.bound, self.first = bound, first
+        self.sums = torch.zeros(length, dtype=torch.float64)
+        self.pairs = torch.zeros(length, dtype=torch.int64)
+        self.singles: list[Tensor] = []
+        self.firsts: list[float] = []
+        self.beyond, self.beyond_pairs = 0.0, 0
+
+    def add_query(self, values: Tensor) -> None:
+        """The influence on one place, of each distance back to the first token."""
+        if self.first:
+            total = float(values.sum())
+            self.firsts.append(float(values[-self.first :].sum()) / total if total else 0.0)
+            values = values[: -self.first]
+        self._add(values)
+
+    def add_source(self, place: int, values: Tensor) -> None:
+        """The influence of the token at `place`, which is none of the first, on what follows."""
+        assert place >= self.first
+        self._add(values)
+
+    def _add(self, values: Tensor) -> None:
+        self.sums[: len(values)] += values
+        self.pairs[: len(values)] += 1
+        self.singles.append(values)
+        if self.bound is not None and len(values) > self.bound + 1:
+            beyond = values[self.bound + 1 :]
+            self.beyond = max(self.beyond, float(beyond.max()))
+            self.beyond_pairs += len(beyond)
+
+    def influence(self) -> Influence:
+        mean = self.sums / self.pairs.clamp(min=1)
+        # A place near either end has few distances: its own would say more of the end than of it.
+        whole = [v for v in self.singles if 2 * len(v) >= len(mean)] or self.singles
+        singles = [held(values) for values in whole]
+        return Influence(
+            tuple(mean.tolist()),
+            tuple(self.pairs.tolist()),
+            held(mean),
+            tuple(
+                (min(each[i] for each in singles), max(each[i] for each in singles))
+                for i in range(len(SHARES))
+            ),
+            math.fsum(self.firsts) / len(self.firsts) if self.firsts else 0.0,
+            self.beyond if self.beyond_pairs else None,
+            self.beyond_pairs,
+        )
+
+
+def held(values: Tensor) -> tuple[int, ...]:
+    """For each of `SHARES` the smallest distance up to which `values` hold that share.
+
+    >>> held(torch.tensor([5.0, 4.0, 0.9, 0.1, 0.0]))
+    (0, 1, 2)
+    """
+    running = values.double().cumsum(0)
+    # Less a little rounding: 5 + 4 of 10 must count as nine tenths.
+    wanted = running[-1] * torch.tensor(SHARES, dtype=torch.float64) * (1 - 1e-7)
+    return tuple(torch.searchsorted(running, wanted).clamp(max=len(values) - 1).tolist())
+
+
+def _spread(start: int, stop: int, count: int) -> list[int]:
+    """Up to `count` whole numbers from `start` to `stop`, both included, evenly spaced.
+
+    >>> _spread(4, 10, 3), _spread(4, 5, 3), _spread(3, 9, 1)
+    ([4, 7, 10], [4, 5], [9])
+    """
+    count = min(count, stop - start + 1)
+    if count == 1:
+        return [stop]
+    return [start + i * (stop - start) // (count - 1) for i in range(count)]
+
+
+def _replacements(
+    ids: Tensor, places: Sequence[int], generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """Another token of the same sequence for each place: one that the text does use."""
+    kinds = ids.unique().tolist()
+    if len(kinds) < 2:
+        raise ValueError("ids holds one kind of token alone; two or more are needed")
+    chosen: list[tuple[int, int]] = []
+    for place in places:
+        present = int(ids[place])
+        others = [kind for kind in kinds if kind != present]
+        chosen.append((place, others[int(torch.randint(len(others), (), generator=generator))]))
+    return chosen
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """For the block's length no weight takes a gradient, whose graph would hold all activations."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
