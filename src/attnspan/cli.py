@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from attnspan import options
+from attnspan.doctor_cli import doctor
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 from attnspan.verify_cli import verify
@@ -48,6 +49,7 @@ app.add_command(plan)
 app.add_command(article)
 app.add_command(ring)
 app.add_command(verify)
+app.add_command(doctor)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (

@@ -1,0 +1,268 @@
+"""The doctor's verdicts: one sentence each, with the figures that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attnspan.evaluation.heads import SINK
+from attnspan.evaluation.reach import SHARES
+
+TOLERANCE = 0.02
+"""Loss of perplexity that is allowed. Two per cent is about what int8 keys and values, or another
+seed of the same training, may cost, and well below what separates two sizes of a family of models.
+The interval's upper end must lie within it, not just the mean."""
+
+
+def within(over_best: Mapping[str, float]) -> bool:
+    """Whether a perplexity over the best is shown to be within the tolerance."""
+    return over_best["high"] <= 1 + TOLERANCE
+
+
+def sinks_needed(curve: Mapping[str, Any]) -> bool:
+    """Whether a window loses without sinks, on every text, at more than half of the sizes.
+
+    Both hold as many tokens, and the interval's lower end must lie above the tolerance.
+    """
+    sizes = [row["window_over_sinks"] for row in curve["rows"] if row["window_over_sinks"]]
+    worse = [all(each["low"] > 1 + TOLERANCE for each in texts) for texts in sizes]
+    return 2 * sum(worse) > len(worse)
+
+
+def safe_from(rows: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    """The smallest size from which on all larger ones are within the tolerance."""
+    found = None
+    for row in sorted(rows, key=lambda row: -row["tokens"]):
+        if row[key] is None or not row[key]["within"]:
+            break
+        found = row["tokens"]
+    return found
+
+
+def verdicts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`{"name", "verdict", "sentence"}` for window, sinks, layers and reach."""
+    return [_window(result), _sinks(result), _layers(result), _reach(result)]
+
+
+def _one(name: str, verdict: str, sentence: str) -> dict[str, Any]:
+    return {"name": name, "verdict": verdict, "sentence": sentence}
+
+
+def loss(figures: Mapping[str, float]) -> str:
+    """A ratio as people read it.
+
+    >>> loss({"ratio": 1.013, "low": 1.004, "high": 1.022})
+    '+1.3 % (+0.4 to +2.2)'
+    >>> loss({"ratio": 3.5, "low": 3.1, "high": 4.0})
+    '3.5 times (3.1 to 4.0)'
+    """
+    if figures["ratio"] >= 1.5:
+        return "{ratio:.3g} times ({low:.2g} to {high:.2g})".format(**_capped(figures))
+    percent = {name: 100 * (value - 1) for name, value in _capped(figures).items()}
+    return "{ratio:+.1f} % ({low:+.1f} to {high:+.1f})".format(**percent)
+
+
+def _capped(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: min(figures[name], 1e6) for name in ("ratio", "low", "high")}
+
+
+def _losses(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{loss(each['over_best'])} on {each['text']}" for each in row["texts"])
+
+
+def _unjudged(result: Mapping[str, Any]) -> str:
+    texts = result["windows"]["best"]
+    worst = next(each for each in texts if not each["better_than_frequencies"])
+    return (
+        f"at best the model has perplexity {worst['perplexity']:.4g} on {worst['text']}, where "
+        f"knowing how often each token comes gives {worst['frequencies']:.4g}"
+    )
+
+
+def _window(result: Mapping[str, Any]) -> dict[str, Any]:
+    curve, rows = result["windows"], result["windows"]["rows"]
+    sizes = [row["tokens"] for row in rows]
+    if not curve["judged"]:
+        return _one(
+            "window", "unknown", f"whether a window is safe can't be told: {_unjudged(result)}"
+        )
+    alone, sunk = safe_from(rows, "window"), safe_from(rows, "sinks")
+    by_size = {row["tokens"]: row for row in rows}
+    demand = f"within {TOLERANCE:.0%} of the best in the trained length"
+    below = [size for size in sizes if alone is not None and size < alone]
+    if alone is not None:
+        sentence = f"window-safe from W={alone:,}: {demand}, {_losses(by_size[alone]['window'])}"
+        if below:
+            sentence += f"; W={max(below):,} is not: {_losses(by_size[max(below)]['window'])}"
+        else:
+            sentence += ", the smallest that was measured"
+        return _one("window", "safe", sentence)
+    sentence = (
+        f"not window-safe at any W measured ({sizes[0]:,} to {sizes[-1]:,}): W={sizes[0]:,} costs "
+        f"{_losses(rows[0]['window'])}"
+    )
+    if sunk is not None:
+        sentence += (
+            f"; with {curve['sinks']} sinks it is safe from {sunk:,} tokens in all: "
+            f"{_losses(by_size[sunk]['sinks'])}"
+        )
+    return _one("window", "unsafe" if sunk is None else "safe with sinks", sentence)
+
+
+def _sinks(result: Mapping[str, Any]) -> dict[str, Any]:
+    curve, heads = result["windows"], result["heads"]
+    attention = (
+        f"{heads['sink_share']:.0%} of the heads give token 0 more than {SINK} of their attention "
+        f"(mean {heads['mean_token0']:.3f})"
+        if heads["sink_share"]
+        else f"no head gives token 0 more than {SINK} of its attention (the most is "
+        f"{max(map(max, heads['token0'])):.3f})"
+    )
+    if heads["mean_learned_sink"]:
+        attention += (
+            f"; learned sink logits, which no key has, take {heads['mean_learned_sink']:.3f} of it"
+        )
+    some = bool(heads["sink_share"])
+    if not curve["judged"]:
+        kind = "sink heads" if some else "no sinks"
+        return _one("sinks", kind, f"{kind}: {attention}; what keeping them is worth can't be told")
+    rows = [row for row in curve["rows"] if row["window_over_sinks"]]
+    if not rows:
+        return _one("sinks", "sink heads" if some else "no sinks", attention)
+    middle = rows[len(rows) // 2]
+    pairs = zip(middle["window_over_sinks"], middle["window"]["texts"], strict=True)
+    gap = ", ".join(f"{loss(figures)} on {text['text']}" for figures, text in pairs)
+    beside = (
+        f"a window alone, beside {curve['sinks']} sinks + window of the same {middle['tokens']:,} "
+        f"tokens, has a perplexity of {gap}"
+    )
+    if sinks_needed(curve):
+        sentence = f"needs sinks: {attention}, and {beside}"
+        enough = _enough(curve)
+        if enough is not None:
+            sentence += f"; {enough} of them {'is' if enough == 1 else 'are'} enough"
+        return _one("sinks", "needed", sentence)
+    if some:
+        return _one(
+            "sinks",
+            "not needed",
+            f"has sink heads but doesn't need them kept: {attention}, and {beside}",
+        )
+    return _one("sinks", "no sinks", f"no sinks: {attention}, and {beside}")
+
+
+def _enough(curve: Mapping[str, Any]) -> int | None:
+    """The fewest sinks whose perplexity is within the tolerance of that of all of them."""
+    rows = curve["fewer_sinks"]
+    if not rows:
+        return None
+    whole = [text["perplexity"] for text in rows[-1]["texts"]]
+    for row in rows:
+        ours = [text["perplexity"] for text in row["texts"]]
+        if all(a <= b * (1 + TOLERANCE) for a, b in zip(ours, whole, strict=True)):
+            return row["sinks"]
+    return None
+
+
+def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
+    found, curve = result["layers"], result["windows"]
+    if not curve["judged"]:
+        return _one(
+            "layers", "unknown", f"which layers need to see all can't be told: {_unjudged(result)}"
+        )
+    if found is None:
+        key = "sinks" if sinks_needed(curve) else "window"
+        smallest = safe_from(curve["rows"], key)
+        if smallest is not None and smallest < curve["rows"][0]["tokens"]:
+            row = next(row for row in curve["rows"] if row["tokens"] == smallest)
+            return _one(
+                "layers",
+                "none",
+                f"needs no layer full: all do with {row[key]['policy']}, {_losses(row[key])}",
+            )
+        return _one(
+            "layers",
+            "unknown",
+            "which layers need to see all was not measured: "
+            + "; ".join(each for each in result["skipped"] if each.startswith("layers")),
+        )
+    if found["full_layers"] is None:
+        return _one(
+            "layers",
+            "unknown",
+            f"no layer can be told apart: with {found['large']} in all "
+            "of them the loss is not within the tolerance already",
+        )
+    full = found["full_layers"]
+    chosen = next(
+        each
+        for each in found["tried"]
+        if sorted(
+            layer
+            for i, group in enumerate(found["groups"])
+            if i not in each["small_groups"]
+            for layer in group
+        )
+        == full
+    )
+    texts = [each["text"] for each in curve["best"]]
+    total = sum(map(len, found["groups"]))
+    cost = ", ".join(
+        f"{loss(figures)} on {text}"
+        for figures, text in zip(chosen["over_best"], texts, strict=True)
+    )
+    if not full:
+        return _one("layers", "none", f"needs no layer full: all do with {found['small']}, {cost}")
+    dear = [
+        (group, max(each["ratio"] for each in pairs))
+        for group, pairs in zip(found["groups"], found["alone"], strict=True)
+        if set(group) <= set(full)
+    ]
+    alone = ", ".join(
+        f"{named(group)}: {100 * (ratio - 1):+.1f} %"
+        for group, ratio in sorted(dear, key=lambda each: -each[1])
+    )
+    return _one(
+        "layers",
+        "some",
+        f"needs {named(full)} full, {len(full)} of {total} (each alone under {found['small']} "
+        f"costs up to {alone}); with the others under it {cost}",
+    )
+
+
+def named(layers: Sequence[int]) -> str:
+    """Layers as people read them.
+
+    >>> named([7]), named([1, 2, 3, 7, 9])
+    ('layer 7', 'layers 1-3, 7, 9')
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"
+
+
+def _reach(result: Mapping[str, Any]) -> dict[str, Any]:
+    found = result["reach"]
+    if found["defects"]:
+        return _one("reach", "defect", "; ".join(found["defects"]))
+    bound = found["bound"]
+    names = [f"{share:g}" for share in SHARES]
+    parts = []
+    for what, how in (("changes", "of what a changed token does"), ("gradients", "of gradients")):
+        within_ = [f"{found[what]['within'][name]:,}" for name in names]
+        parts.append(f"{' / '.join(within_)} tokens hold 50 / 90 / 99 % {how}")
+    sentence = "effective reach: " + ", ".join(parts)
+    if bound is None:
+        sentence += f"; no bound, some layer sees all of the past ({found['length']:,} tried)"
+    elif found["changes"]["beyond_bound"] is None:
+        sentence += f"; nothing beyond the bound of {bound:,} was tried"
+    elif found["changes"]["beyond_bound"]:
+        sentence += f"; beyond the bound of {bound:,} nothing but rounding (experts)"
+    else:
+        sentence += f"; exactly zero beyond the bound of {bound:,}"
+    return _one("reach", "measured", sentence)
