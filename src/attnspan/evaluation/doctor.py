@@ -138,8 +138,7 @@ def examine(
     found_heads = heads.measure(model, list(pieces), bos=case.bos, seed=seed)
     tell("attention", 1, 1)
     found_reach = _reach(case, seed, lambda done, total: tell("reach", done, total), skipped)
-    sizes = _sizes(case)
-    curve, ledger = _curve(case, sizes, tell)
+    curve, ledger = _curve(case, _sizes(case), tell)
     suggestion, search = None, None
     if not curve["judged"]:
         skipped.append(
@@ -147,7 +146,7 @@ def examine(
             "so no loss can be told"
         )
     else:
-        search = _layers(case, curve, sizes, ledger, tell, skipped)
+        search = _layers(case, curve, ledger, tell, skipped)
         suggestion = _suggestion(case, curve, search, ledger)
     result: dict[str, Any] = {
         "meta": reports.meta(
@@ -294,19 +293,27 @@ def _curve(
         tell("windows", done, total)
 
     ledger = Ledger(case.model, case.passages, told)
+    fresh = ledger.best
+    for _, window, sunk in pairs:
+        for policy in (window, sunk):
+            if policy is not None:
+                ledger.nlls(policy)
+    reference = _reference(ledger, [window for _, window, _ in pairs])
+    if reference is not None:
+        ledger.best = ledger.nlls(reference[1])
     vocabulary = text_config(case.model).vocab_size
     texts = []
-    for passage, nlls, frequency in zip(
-        case.passages, ledger.best, frequency_nll(case.passages), strict=True
+    for passage, whole, nlls, frequency in zip(
+        case.passages, fresh, ledger.best, frequency_nll(case.passages), strict=True
     ):
-        mean = math.fsum(nlls) / len(nlls)
         blind = min(math.log(vocabulary), frequency)
         texts.append(
             {
                 "text": passage.name,
                 "perplexity": perplexity(nlls),
+                "fresh": perplexity(whole),
                 "frequencies": math.exp(blind),
-                "better_than_frequencies": mean < blind,
+                "better_than_frequencies": math.fsum(nlls) / len(nlls) < blind,
             }
         )
     rows = []
@@ -318,6 +325,7 @@ def _curve(
         )
         rows.append(row)
     curve: dict[str, Any] = {
+        "reference": None if reference is None else reference[0],
         "best": texts,
         "judged": all(each["better_than_frequencies"] for each in texts),
         "sinks": SINKS,
@@ -332,6 +340,23 @@ def _curve(
                 curve["fewer_sinks"].append({"sinks": sinks, "tokens": size, **row})
     tell("windows", total, total)
     return curve, ledger
+
+
+def _reference(ledger: Ledger, windows: Sequence[Window]) -> tuple[int, Window] | None:
+    """The window that predicts better than fresh forwards of the trained length, if one does.
+
+    So it is of a model that was trained under a window which its config doesn't declare: what it
+    gives with more in sight is not the best that it can do.
+    """
+    better = [
+        window
+        for window in windows
+        if all(pair.high < 1 - TOLERANCE for pair in ledger.against_best(window))
+    ]
+    if not better:
+        return None
+    chosen = min(better, key=lambda each: sum(map(math.fsum, ledger.nlls(each))))
+    return chosen.window, chosen
 
 
 def _row(case: _Case, ledger: Ledger, policy: Policy | PerLayer) -> dict[str, Any]:
@@ -356,11 +381,11 @@ def policy_bytes(
 def _layers(
     case: _Case,
     curve: dict[str, Any],
-    sizes: Sequence[int],
     ledger: Ledger,
     tell: Callable[[str, int, int], None],
     skipped: list[str],
 ) -> layers.Search | None:
+    sizes = [row["tokens"] for row in verdicts.counted(curve)]
     small = sizes[min(3, len(sizes) - 1)]
     large = sizes[0]
     sunk = verdicts.sinks_needed(curve)

@@ -64,9 +64,12 @@ def _suggestion(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _windows(curve: Mapping[str, Any]) -> Iterator[str]:
+    best = "fresh forwards of the trained length"
+    if curve["reference"] is not None:
+        best = f"window:{curve['reference']}, which does better than {best}"
     yield (
-        "Perplexity of a stream as its cache shrinks, over the best in the trained length (fresh "
-        "forwards), with about 95 % intervals:"
+        f"Perplexity of a stream as its cache shrinks, over the best ({best}), with about 95 % "
+        "intervals:"
     )
     for i, best in enumerate(curve["best"]):
         yield (

@@ -140,6 +140,7 @@ def measure(
     bound: int | None = None,
     places: int = PLACES,
     first: int = FIRST,
+    sinks: int = 0,
     strict: bool = True,
     rounding: float = 0.0,
     seed: int = 0,
@@ -158,8 +159,11 @@ def measure(
         ids: `(sequences, length)`, on the model's device.
         bound: the farthest distance possible (`bound(windows)`); None: nothing is asserted.
         places: of each sequence.
-        first: tokens at the start that may be seen from everywhere, sinks. They are left out of
-            all but `Influence.first`, of what is asserted too.
+        first: tokens at the start that are left out of all but `Influence.first`, and of what is
+            asserted of changes.
+        sinks: tokens at the start that the model, or its pattern, lets every query see: of these
+            nothing beyond the bound is asserted. All others stay within it, for a sink sees nothing
+            but what came before it.
         strict: raise where the influence beyond the bound isn't exactly zero; False leaves it to
             `Reach.defects`.
         rounding: divergence, in nats, that a change may make where it can't reach. Zero is right
@@ -180,6 +184,8 @@ def measure(
         )
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    if sinks > first:
+        raise ValueError(f"sinks is {sinks}; up to first, {first}, are allowed")
     if isinstance(places, bool) or not isinstance(places, int) or places < 1:
         raise ValueError(f"places is {places!r}; a whole number of at least 1 is allowed")
     length = ids.shape[1]
@@ -193,8 +199,8 @@ def measure(
         if report is not None:
             report(done, total)
 
-    gradients = _Sums(length, bound, first)
-    changes = _Sums(length, bound, first, rounding)
+    gradients = _Sums(length, bound, first, sinks)
+    changes = _Sums(length, bound, first, sinks, rounding)
     generator = torch.Generator().manual_seed(seed)
     with _frozen(model):
         for row in ids:
@@ -290,8 +296,10 @@ def _divergence(before: Tensor, after: Tensor) -> Tensor:
 class _Sums:
     """Adds up influences by distance, the first tokens' apart."""
 
-    def __init__(self, length: int, bound: int | None, first: int, rounding: float = 0.0) -> None:
-        self.bound, self.first, self.rounding = bound, first, rounding
+    def __init__(
+        self, length: int, bound: int | None, first: int, sinks: int, rounding: float = 0.0
+    ) -> None:
+        self.bound, self.first, self.sinks, self.rounding = bound, first, sinks, rounding
         self.sums = torch.zeros(length, dtype=torch.float64)
         self.pairs = torch.zeros(length, dtype=torch.int64)
         self.singles: list[Tensor] = []
@@ -300,25 +308,28 @@ class _Sums:
 
     def add_query(self, values: Tensor) -> None:
         """The influence on one place, of each distance back to the first token."""
+        self._check(values[: len(values) - self.sinks])
         if self.first:
             total = float(values.sum())
             self.firsts.append(float(values[-self.first :].sum()) / total if total else 0.0)
-            values = values[: -self.first]
-        self._add(values)
+        self._add(values[: len(values) - self.first])
 
     def add_source(self, place: int, values: Tensor) -> None:
         """The influence of the token at `place`, which is none of the first, on what follows."""
         assert place >= self.first
+        self._check(values)
         self._add(values)
+
+    def _check(self, values: Tensor) -> None:
+        if self.bound is not None and len(values) > self.bound + 1:
+            beyond = values[self.bound + 1 :]
+            self.beyond = max(self.beyond, float(beyond.max()))
+            self.beyond_pairs += len(beyond)
 
     def _add(self, values: Tensor) -> None:
         self.sums[: len(values)] += values
         self.pairs[: len(values)] += 1
         self.singles.append(values)
-        if self.bound is not None and len(values) > self.bound + 1:
-            beyond = values[self.bound + 1 :]
-            self.beyond = max(self.beyond, float(beyond.max()))
-            self.beyond_pairs += len(beyond)
 
     def influence(self) -> Influence:
         mean = self.sums / self.pairs.clamp(min=1)

@@ -19,20 +19,33 @@ def within(over_best: Mapping[str, float]) -> bool:
     return over_best["high"] <= 1 + TOLERANCE
 
 
+def counted(curve: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows that say something of the model, largest first.
+
+    Where a window does better than all that the model was trained for, larger ones don't.
+    """
+    rows = sorted(curve["rows"], key=lambda row: -row["tokens"])
+    return [
+        row
+        for row in rows
+        if curve["reference"] in (None, row["tokens"]) or row["tokens"] < curve["reference"]
+    ]
+
+
 def sinks_needed(curve: Mapping[str, Any]) -> bool:
     """Whether a window loses without sinks, on every text, at more than half of the sizes.
 
     Both hold as many tokens, and the interval's lower end must lie above the tolerance.
     """
-    sizes = [row["window_over_sinks"] for row in curve["rows"] if row["window_over_sinks"]]
+    sizes = [row["window_over_sinks"] for row in counted(curve) if row["window_over_sinks"]]
     worse = [all(each["low"] > 1 + TOLERANCE for each in texts) for texts in sizes]
     return 2 * sum(worse) > len(worse)
 
 
-def safe_from(rows: Sequence[Mapping[str, Any]], key: str) -> int | None:
+def safe_from(curve: Mapping[str, Any], key: str) -> int | None:
     """The smallest size from which on all larger ones are within the tolerance."""
     found = None
-    for row in sorted(rows, key=lambda row: -row["tokens"]):
+    for row in counted(curve):
         if row[key] is None or not row[key]["within"]:
             break
         found = row["tokens"]
@@ -86,16 +99,31 @@ def _window(result: Mapping[str, Any]) -> dict[str, Any]:
         return _one(
             "window", "unknown", f"whether a window is safe can't be told: {_unjudged(result)}"
         )
-    alone, sunk = safe_from(rows, "window"), safe_from(rows, "sinks")
+    alone, sunk = safe_from(curve, "window"), safe_from(curve, "sinks")
     by_size = {row["tokens"]: row for row in rows}
-    demand = f"within {TOLERANCE:.0%} of the best in the trained length"
+    best = "the best in the trained length"
+    if curve["reference"] is not None:
+        best = f"the best, W={curve['reference']:,}"
+    demand = f"within {TOLERANCE:.0%} of {best}"
     below = [size for size in sizes if alone is not None and size < alone]
     if alone is not None:
         sentence = f"window-safe from W={alone:,}: {demand}, {_losses(by_size[alone]['window'])}"
         if below:
-            sentence += f"; W={max(below):,} is not: {_losses(by_size[max(below)]['window'])}"
+            sentence += (
+                f"; W={max(below):,} isn't shown to be: {_losses(by_size[max(below)]['window'])}"
+            )
         else:
             sentence += ", the smallest that was measured"
+        if curve["reference"] is not None:
+            gains = ", ".join(
+                f"{each['fresh'] / each['perplexity']:.3g} times on {each['text']}"
+                for each in curve["best"]
+            )
+            sentence += (
+                f"; larger ones lose: forwards of the trained length have {gains} the perplexity "
+                "of the best, as if the model was trained under a window that its config doesn't "
+                "declare"
+            )
         return _one("window", "safe", sentence)
     sentence = (
         f"not window-safe at any W measured ({sizes[0]:,} to {sizes[-1]:,}): W={sizes[0]:,} costs "
@@ -126,15 +154,15 @@ def _sinks(result: Mapping[str, Any]) -> dict[str, Any]:
     if not curve["judged"]:
         kind = "sink heads" if some else "no sinks"
         return _one("sinks", kind, f"{kind}: {attention}; what keeping them is worth can't be told")
-    rows = [row for row in curve["rows"] if row["window_over_sinks"]]
+    rows = [row for row in counted(curve) if row["window_over_sinks"]]
     if not rows:
         return _one("sinks", "sink heads" if some else "no sinks", attention)
     middle = rows[len(rows) // 2]
     pairs = zip(middle["window_over_sinks"], middle["window"]["texts"], strict=True)
     gap = ", ".join(f"{loss(figures)} on {text['text']}" for figures, text in pairs)
     beside = (
-        f"a window alone, beside {curve['sinks']} sinks + window of the same {middle['tokens']:,} "
-        f"tokens, has a perplexity of {gap}"
+        f"the perplexity of a window alone over that of {curve['sinks']} sinks + window, both of "
+        f"{middle['tokens']:,} tokens, is {gap}"
     )
     if sinks_needed(curve):
         sentence = f"needs sinks: {attention}, and {beside}"
@@ -172,8 +200,8 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
         )
     if found is None:
         key = "sinks" if sinks_needed(curve) else "window"
-        smallest = safe_from(curve["rows"], key)
-        if smallest is not None and smallest < curve["rows"][0]["tokens"]:
+        smallest = safe_from(curve, key)
+        if smallest is not None and smallest < (curve["reference"] or curve["rows"][0]["tokens"]):
             row = next(row for row in curve["rows"] if row["tokens"] == smallest)
             return _one(
                 "layers",
@@ -219,14 +247,14 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
         if set(group) <= set(full)
     ]
     alone = ", ".join(
-        f"{named(group)}: {100 * (ratio - 1):+.1f} %"
+        f"{named(group)} costs up to {100 * (ratio - 1):+.1f} %"
         for group, ratio in sorted(dear, key=lambda each: -each[1])
     )
     return _one(
         "layers",
         "some",
-        f"needs {named(full)} full, {len(full)} of {total} (each alone under {found['small']} "
-        f"costs up to {alone}); with the others under it {cost}",
+        f"needs {named(full)} full ({found['large']}), {len(full)} of {total}: alone under "
+        f"{found['small']} {alone}; with the others under it {cost}",
     )
 
 
