@@ -204,8 +204,10 @@ class _Sums:
         def take(weights: Tensor, learned: Tensor, start: int) -> None:
             n = weights.shape[1]
             places = torch.arange(start, start + n, device=weights.device)
-            # The last token of the second copy has nothing to copy.
-            second = (places >= half + bos) & (places < 2 * half + bos - 1)
+            # The last token of the second copy has nothing to copy, and the first tokens are left
+            # out, those to copy as well.
+            first = max(half + bos, half - 1 + FIRST)
+            second = (places >= first) & (places < 2 * half + bos - 1)
             if not bool(second.any()):
                 return
             most = weights[:, second].clone()

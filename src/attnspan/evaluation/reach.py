@@ -236,7 +236,8 @@ def gradient(model: nn.Module, ids: Tensor, place: int) -> Tensor:
             use_cache=False,
             logits_to_keep=torch.tensor([place], device=ids.device),
         ).logits[0, 0]
-        chosen = logits.float().log_softmax(-1)[ids[place + 1]]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = wide.log_softmax(-1)[ids[place + 1]]
     (grad,) = torch.autograd.grad(chosen, embeddings)
     norms = grad[0].double().norm(dim=-1).cpu()
     if not bool(norms.isfinite().all()):
