@@ -71,7 +71,7 @@ def test_a_full_layer_has_no_bound():
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "8"])
 def test_wrong_windows(wrong):
-    with pytest.raises(ValueError, match="windows holds .*; None or a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"windows holds .*; None or a whole number of at least 1"):
         bound([4, wrong])
     with pytest.raises(ValueError, match="windows is empty"):
         bound([])

@@ -25,7 +25,8 @@ SINK = 0.3
 attention sink emerges in language models" (https://arxiv.org/abs/2410.10781)."""
 
 START = 64
-"""Queries count from here on: with fewer keys, a share of any one of them says little."""
+"""Queries count from here on, or from half of a shorter sequence or of the layer's window: with
+fewer keys, a share of any one of them says little."""
 
 NEAR = 16
 """A local head looks at the nearest sixteenth of the sequence, at least `LEAST_NEAR` tokens."""
@@ -130,7 +131,7 @@ def measure(
     anatomy = anatomy_of(model)
     windows = [layer.sliding_window for layer in anatomy.layers]
     near = max(LEAST_NEAR, length // NEAR)
-    sums = [_Sums(windows[i], near) for i in range(len(windows))]
+    sums = [_Sums(window, near, length) for window in windows]
     for ids in texts:
         _run(model, ids, windows, [each.text for each in sums])
     block = _repeated(torch.cat(list(texts)), length, bos, seed)
@@ -164,8 +165,9 @@ def _repeated(ids: Tensor, length: int, bos: int | None, seed: int) -> Tensor:
 class _Sums:
     """What is added up of one layer."""
 
-    def __init__(self, window: int | None, near: int) -> None:
+    def __init__(self, window: int | None, near: int, length: int) -> None:
         self.window, self.near_window = window, near
+        self.start = min(START, min(length, window or length) // 2)
         self.token0: Any = 0.0
         self.first: Any = 0.0
         self.nearby: Any = 0.0
@@ -181,7 +183,7 @@ class _Sums:
         """
         n, keys = weights.shape[1], weights.shape[2]
         places = torch.arange(start, start + n, device=weights.device)
-        late = places >= (START if self.window is None else min(START, self.window // 2))
+        late = places >= self.start
         # Where a window has left token 0 behind, that it gets nothing says nothing of the head.
         seeing = late if self.window is None else late & (places < self.window)
         if bool(seeing.any()):

@@ -67,7 +67,9 @@ class Influence:
         """JSON: the curve in bins of distances that widen with the distance."""
         return {
             "within": {f"{share:g}": d for share, d in zip(SHARES, self.within, strict=True)},
-            "spread": {f"{share:g}": d for share, d in zip(SHARES, self.spread, strict=True)},
+            "spread": {
+                f"{share:g}": list(ends) for share, ends in zip(SHARES, self.spread, strict=True)
+            },
             "first_tokens": self.first,
             "beyond_bound": self.beyond,
             "beyond_bound_pairs": self.beyond_pairs,

@@ -1,0 +1,195 @@
+"""Losses of smaller caches, the best beside them, and which layers need all."""
+
+import io
+import math
+
+import pytest
+import torch
+from tiny import random_ids, tiny, tiny_llama
+from transformers import AutoTokenizer
+
+from attnspan.evaluation import layers, shrink
+from attnspan.evaluation.shrink import Ledger, Paired, Passage, best, paired, perplexity, streamed
+from attnspan.models import attach, bundled
+from attnspan.policies import KeepAll, PerLayer, SinkWindow, Window
+
+IDS = (1, *random_ids(120)[0].tolist())
+
+
+def nll(model, context, target):
+    with torch.no_grad():
+        logits = model(torch.tensor([context]), use_cache=False).logits[0, -1].double()
+    return float(-logits.log_softmax(-1)[target])
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("length", [16, 18, 32])
+@pytest.mark.parametrize("scored", [1, 3, 40])
+def test_the_best_is_a_fresh_forward_of_at_least_three_quarters(bos, length, scored):
+    model = tiny("llama")
+    passage = Passage("text", IDS[: length + scored], length, bos)
+    (got,) = best(model, [passage])
+    assert len(got) == scored == passage.scored
+    stride = length // 4
+    for i, value in enumerate(got):
+        t = length + i
+        # The forward ends with its piece: `stride` tokens on, or the text's end.
+        stop = min(length + (i // stride + 1) * stride, len(passage.ids))
+        body = passage.ids[stop - length : t] if bos else passage.ids[stop - 1 - length : t]
+        context = [IDS[0], *body] if bos else list(body)
+        assert 3 * length / 4 <= len(context) <= length
+        assert value == pytest.approx(nll(model, context, passage.ids[t]), abs=4e-5)
+    # The oracle can fail: a context one token short.
+    context = [IDS[0], *passage.ids[2 - bos + 1 : length]]
+    assert abs(got[0] - nll(model, context, passage.ids[length])) > 1e-4
+
+
+def test_a_stream_scores_the_same_tokens():
+    model = tiny("llama")
+    passages = [Passage("a", IDS[:60], 32, True), Passage("b", IDS[20:90], 32, False)]
+    told = []
+    with attach(model):
+        got = streamed(model, KeepAll(), passages, lambda: told.append(1))
+    assert len(told) == shrink.steps(passages)
+    for passage, nlls in zip(passages, got, strict=True):
+        expected = [
+            nll(model, list(passage.ids[:t]), passage.ids[t])
+            for t in range(passage.length, len(passage.ids))
+        ]
+        assert nlls == pytest.approx(expected, abs=4e-5)
+
+
+def test_a_ledger_measures_once(monkeypatch):
+    model = tiny("llama")
+    ledger = Ledger(model, [Passage("a", IDS[:60], 32, True)])
+    first = ledger.nlls(Window(8))
+    monkeypatch.setattr(shrink, "streamed", None)
+    assert ledger.nlls(Window(8)) is first
+    row = ledger.row(Window(8))
+    assert row["policy"] == "window:8"
+    assert row["texts"][0]["perplexity"] == pytest.approx(perplexity(first[0]))
+    assert ledger.against(Window(8), Window(8))[0] == Paired(1.0, 1.0, 1.0)
+
+
+def test_intervals_are_of_blocks():
+    gaps = torch.randn(1024, generator=torch.Generator().manual_seed(0)).double()
+    got = paired(gaps.tolist(), [0.0] * 1024)
+    means = gaps.view(16, 64).mean(1)
+    error = 2 * float(means.std()) / 4
+    mean = float(gaps.mean())
+    assert got.ratio == pytest.approx(math.exp(mean))
+    assert got.low == pytest.approx(math.exp(mean - error))
+    assert got.high == pytest.approx(math.exp(mean + error))
+    # Neighbours that go together: an interval of single tokens would be far too narrow.
+    runs = gaps[:16].repeat_interleave(64)
+    wide = paired(runs.tolist(), [0.0] * 1024)
+    single = 2 * float(runs.std()) / 32
+    assert math.log(wide.high) - math.log(wide.ratio) > 4 * single
+
+
+def test_too_few_tokens_tell_nothing():
+    assert paired([1.0], [0.0]).low == 0.0
+    assert paired([1.0], [0.0]).high > 1e300
+
+
+def test_frequencies_are_the_best_blind_guess():
+    passage = Passage("a", (9, 9, 1, 1, 1, 2), 2, False)
+    (got,) = shrink.frequency_nll([passage])
+    assert got == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+
+
+def test_reading_takes_bos_and_no_more_than_asked():
+    tokenizer = AutoTokenizer.from_pretrained(bundled.path())
+    assert shrink.read(io.BytesIO(b"abcdef"), tokenizer, "t", 256, 4) == (256, 97, 98, 99)
+    assert shrink.read(io.BytesIO(b"ab"), tokenizer, "t", None, 9) == (97, 98)
+
+
+class Scripted:
+    """A ledger whose losses are sums of what each small layer costs, and more for some pairs."""
+
+    def __init__(self, costs, pairs=()):
+        self.costs, self.pairs = costs, pairs
+        self.asked = set()
+
+    def _loss(self, policy):
+        self.asked.add(policy)
+        each = policy.policies if isinstance(policy, PerLayer) else (policy,) * len(self.costs)
+        small = {i for i, one in enumerate(each) if one == SMALL}
+        total = sum(self.costs[i] for i in small)
+        return total + sum(cost for pair, cost in self.pairs if set(pair) <= small)
+
+    def against_best(self, policy):
+        ratio = 1 + self._loss(policy)
+        return [Paired(ratio, ratio - 0.001, ratio + 0.001)]
+
+    def against(self, policy, base):
+        ratio = (1 + self._loss(policy)) / (1 + self._loss(base))
+        return [Paired(ratio, ratio, ratio)]
+
+
+LARGE, SMALL = Window(64), Window(8)
+
+
+@pytest.mark.parametrize(
+    ("costs", "windows", "full"),
+    [
+        ([0.001, 0.05, 0.001, 0.03], None, [1, 3]),
+        ([0.0, 0.0, 0.0], None, []),
+        ([0.05, 0.05], None, [0, 1]),
+        ([0.008] * 5, None, [2, 3, 4]),
+        # Sliding layers keep their own window, and are neither tried nor full.
+        ([0.0, 0.05, 0.0, 0.001], [8, None, 8, None], [1]),
+    ],
+)
+def test_the_search_finds_the_layers_that_cost(costs, windows, full):
+    ledger = Scripted(costs)
+    found = layers.search(ledger, windows or [None] * len(costs), LARGE, SMALL, 1.02)
+    assert found.full_layers == full
+    assert found.chosen in dict(found.tried)  # what is reported was measured
+    allowed = [i for i, _ in enumerate(costs) if not windows or windows[i] is None]
+    assert sorted(layer for group in found.groups for layer in group) == allowed
+    for some, pairs in found.tried:
+        policy = layers.assigned(len(costs), found.groups, some, LARGE, SMALL)
+        uniform = {frozenset(): LARGE, frozenset(range(len(found.groups))): SMALL}
+        assert policy in ledger.asked or (not windows and uniform[some] in ledger.asked)
+        assert pairs[0].ratio == pytest.approx(ledger.against_best(policy)[0].ratio)
+
+
+def test_losses_that_add_up_are_measured_together():
+    """Each of these is cheap alone; two of them together are not."""
+    ledger = Scripted([0.001] * 4, pairs=[((0, 1), 0.5)])
+    found = layers.search(ledger, [None] * 4, LARGE, SMALL, 1.02)
+    assert not {0, 1} <= set(range(4)) - set(found.full_layers)
+
+
+def test_nothing_is_chosen_where_all_layers_full_are_too_much():
+    class Poor(Scripted):
+        def _loss(self, policy):
+            return 0.1 + super()._loss(policy)
+
+    found = layers.search(Poor([0.0] * 3), [None] * 3, LARGE, SMALL, 1.02)
+    assert found.chosen is None
+    assert found.as_dict()["full_layers"] is None
+
+
+def test_deep_models_are_grouped():
+    groups = layers.grouped(list(range(80)))
+    assert len(groups) == layers.MOST_GROUPS
+    assert [layer for group in groups for layer in group] == list(range(80))
+    assert {len(group) for group in groups} == {6, 7}
+    ledger = Scripted([0.0] * 79 + [0.5])
+    found = layers.search(ledger, [None] * 80, LARGE, SMALL, 1.02)
+    assert found.full_layers == list(groups[-1])
+    assert len(ledger.asked) <= layers.MOST_GROUPS + 6
+
+
+def test_the_search_on_a_real_model():
+    """Random weights: that policies reach the cache, and figures are those of the ledger."""
+    model = tiny_llama(num_hidden_layers=3)
+    ledger = Ledger(model, [Passage("a", IDS[:100], 48, True)])
+    large, small = SinkWindow(2, 46), SinkWindow(2, 6)
+    found = layers.search(ledger, [None] * 3, large, small, 1e9)
+    assert found.full_layers == []
+    assert found.tried[1][1][0] == ledger.against_best(small)[0]
+    one = PerLayer((small, large, large))
+    assert found.alone[0][0] == ledger.against(one, large)[0]
