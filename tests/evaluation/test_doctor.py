@@ -340,3 +340,26 @@ def test_sink_heads_that_needn_t_be_kept():
     told = verdicts._sinks({"windows": curve([1, 1, 1], [1, 1, 1]), "heads": heads})
     assert told["verdict"] == "not needed"
     assert "has sink heads but doesn't need them kept" in told["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("small", "verdict", "expected"),
+    [
+        ([0, 1, 2], "none", "needs no layer full: all do with window:64, +1.0 %"),
+        ([0, 2], "some", "needs layer 1 full (window:256), 1 of 3: alone under window:64 layer 1 "),
+        ([], "all", "needs all 3 layers full (window:256): even the one that costs least alone"),
+        (None, "unknown", "no layer can be told apart: with window:256 in all of them the loss"),
+    ],
+)
+def test_layers_that_need_all(small, verdict, expected):
+    found = {
+        "large": "window:256",
+        "small": "window:64",
+        "groups": [[0], [1], [2]],
+        "alone": [[figures(1.003)], [figures(1.2)], [figures(1.004)]],
+        "tried": [{"small_groups": small, "over_best": [figures(1.01)]}],
+        "full_layers": None if small is None else sorted({0, 1, 2} - set(small)),
+    }
+    told = verdicts._layers({"windows": curve([1, 1, 1.1], [1, 1, 1]), "layers": found})
+    assert told["verdict"] == verdict
+    assert told["sentence"].startswith(expected)

@@ -31,7 +31,7 @@ from attnspan.policies import KeepAll, PerLayer, Policy, SinkWindow, Window
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LIMIT = 3072
+LIMIT = 4096
 """Tokens scored of each text, beyond those that fill the largest window."""
 
 LONGEST = {"cpu": 1024, "cuda": 4096}

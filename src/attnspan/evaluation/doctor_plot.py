@@ -121,7 +121,9 @@ def _perplexity(axes: Any, curve: Mapping[str, Any]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if tallest < 10 else NullFormatter())
     axes.set_xlabel("tokens that the cache holds")
-    axes.set_ylabel("perplexity over the best in the trained length")
+    reference = curve["reference"]
+    best = "in the trained length" if reference is None else f"of all, W={reference}"
+    axes.set_ylabel(f"perplexity over the best {best}")
     axes.set_title(
         "a stream as its cache shrinks"
         + ("" if curve["judged"] else " (model no better than frequencies)")

@@ -241,6 +241,15 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
     )
     if not full:
         return _one("layers", "none", f"needs no layer full: all do with {found['small']}, {cost}")
+    if len(full) == total:
+        cheapest = min(max(each["ratio"] for each in pairs) for pairs in found["alone"])
+        return _one(
+            "layers",
+            "all",
+            f"needs all {total} layers full ({found['large']}): even the one that costs least "
+            f"alone under {found['small']}, {100 * (cheapest - 1):+.1f} %, isn't shown to be "
+            f"within {TOLERANCE:.0%}",
+        )
     dear = [
         (group, max(each["ratio"] for each in pairs))
         for group, pairs in zip(found["groups"], found["alone"], strict=True)
