@@ -28,7 +28,7 @@ def test_zero_beyond_the_bound_under_the_models_own_windows(family, implementati
         changes["layer_types"] = ["sliding_attention"] * 4
     model = tiny(family, **changes)
     assert bound([12] * 4) == FOUR_OF_12
-    found = measure(model, IDS, bound=FOUR_OF_12, places=4)
+    found = measure(model, IDS, bound=FOUR_OF_12, places=4, replaced=4)
     for influence in (found.gradients, found.changes):
         assert influence.beyond == 0.0
         assert influence.beyond_pairs > 50
@@ -36,14 +36,14 @@ def test_zero_beyond_the_bound_under_the_models_own_windows(family, implementati
         assert not any(influence.mean[FOUR_OF_12 + 1 :])
     # One less is too little, for both measures alike: what is asserted can fail.
     with pytest.raises(ArithmeticError, match=r"gradients beyond .* 43 .*; changes beyond .* 43"):
-        measure(model, IDS, bound=FOUR_OF_12 - 1, places=4)
+        measure(model, IDS, bound=FOUR_OF_12 - 1, places=4, replaced=4)
 
 
 def test_a_window_one_larger_is_caught(llama):
     with attach(llama, span.SlidingWindow(12)):
-        assert measure(llama, IDS, bound=FOUR_OF_12, places=4).defects == ()
+        assert measure(llama, IDS, bound=FOUR_OF_12, places=4, replaced=4).defects == ()
     with attach(llama, span.SlidingWindow(13)):
-        found = measure(llama, IDS, bound=FOUR_OF_12, places=4, strict=False)
+        found = measure(llama, IDS, bound=FOUR_OF_12, places=4, replaced=4, strict=False)
     assert len(found.defects) == 2
     assert found.gradients.beyond > 0
     assert found.changes.beyond > 0
@@ -52,7 +52,7 @@ def test_a_window_one_larger_is_caught(llama):
 def test_mixed_windows(llama):
     windows = (5, 9, 3, 12)
     with attach(llama, [span.SlidingWindow(w) for w in windows]):
-        found = measure(llama, IDS, bound=bound(windows), places=4)
+        found = measure(llama, IDS, bound=bound(windows), places=4, replaced=4)
     assert found.bound == 4 + 8 + 2 + 11
     assert found.gradients.mean[25] > 0
     assert found.gradients.mean[26] == 0 == found.gradients.beyond
@@ -61,25 +61,25 @@ def test_mixed_windows(llama):
         attach(llama, [span.SlidingWindow(w) for w in (5, 9, 4, 12)]),
         pytest.raises(ArithmeticError, match="beyond the bound of 25"),
     ):
-        measure(llama, IDS, bound=bound(windows), places=4)
+        measure(llama, IDS, bound=bound(windows), places=4, replaced=4)
 
 
 def test_one_full_layer_reaches_everywhere():
     model = tiny("gemma3", attn_implementation="sdpa")
-    found = measure(model, IDS, places=4)
+    found = measure(model, IDS, places=4, replaced=4)
     assert found.bound is None is found.gradients.beyond
     assert found.gradients.mean[60] > 0
     assert found.changes.mean[60] > 0
-    assert measure(model, IDS, bound=FOUR_OF_12, places=4, strict=False).defects
+    assert measure(model, IDS, bound=FOUR_OF_12, places=4, replaced=4, strict=False).defects
 
 
 def test_sinks_are_unbounded_and_nothing_else_is(llama):
     with attach(llama, span.SlidingWindow(12) | span.Sinks(4)):
-        found = measure(llama, IDS, bound=FOUR_OF_12, sinks=4, places=4)
+        found = measure(llama, IDS, bound=FOUR_OF_12, sinks=4, places=4, replaced=4)
         assert found.gradients.beyond == 0.0 == found.changes.beyond
         assert found.gradients.first > 0.05  # of influence that is more than 44 tokens away
         with pytest.raises(ArithmeticError, match="gradients beyond"):
-            measure(llama, IDS, bound=FOUR_OF_12, sinks=3, places=4)
+            measure(llama, IDS, bound=FOUR_OF_12, sinks=3, places=4, replaced=4)
 
 
 def test_gradients_are_those_of_differences():
@@ -125,9 +125,9 @@ def test_changes_are_the_divergence_of_two_forwards():
 
 
 def test_batches_don_t_change_the_figures(llama, monkeypatch):
-    whole = measure(llama, IDS, places=5)
+    whole = measure(llama, IDS, places=5, replaced=5)
     monkeypatch.setattr(reach, "_CPU_TOKENS", 96)
-    single = measure(llama, IDS, places=5)
+    single = measure(llama, IDS, places=5, replaced=5)
     assert single.changes.mean == pytest.approx(whole.changes.mean, rel=1e-2, abs=1e-7)
 
 
@@ -138,7 +138,7 @@ def test_held_and_its_share():
 
 
 def test_the_curve_in_json_holds_all_of_the_influence(llama):
-    found = measure(llama, IDS, places=3)
+    found = measure(llama, IDS, places=3, replaced=3)
     each = found.as_dict()["gradients"]
     binned = sum(b["mean"] * b["pairs"] for b in each["curve"] if b["pairs"])
     g = found.gradients
@@ -153,10 +153,12 @@ def test_what_is_refused(llama):
         measure(llama, IDS[:, :7])
     with pytest.raises(ValueError, match="places is 0"):
         measure(llama, IDS, places=0)
+    with pytest.raises(ValueError, match="replaced is True"):
+        measure(llama, IDS, replaced=True)
     with pytest.raises(ValueError, match="sinks is 5"):
         measure(llama, IDS, sinks=5)
     with pytest.raises(ValueError, match="one kind of token alone"):
-        measure(llama, torch.full((1, 20), 3), places=1)
+        measure(llama, torch.full((1, 20), 3), places=1, replaced=1)
     llama.train()
     try:
         with pytest.raises(ValueError, match="training mode"):
@@ -170,13 +172,13 @@ def test_a_model_that_looks_ahead_is_refused(llama):
         attach(llama, span.SlidingWindow(12, right=1)),
         pytest.raises(ArithmeticError, match="isn't causal"),
     ):
-        measure(llama, IDS, places=2)
+        measure(llama, IDS, places=2, replaced=2)
 
 
 def test_weights_keep_their_gradients(llama):
     first = next(llama.parameters())
     first.requires_grad_(False)
-    measure(llama, IDS[:1], places=1)
+    measure(llama, IDS[:1], places=1, replaced=1)
     assert [p.requires_grad for p in llama.parameters()].count(False) == 1
     assert all(p.grad is None for p in llama.parameters())
     first.requires_grad_(True)

@@ -47,8 +47,8 @@ FEWER_SINKS = (1, 2)
 HALVINGS = 4
 LEAST_WINDOW = 8
 
-REACH_PLACES = 6
-"""Places of each of the sequences (two a text) for gradients, and as many for changes."""
+REACH_PLACES, REACH_REPLACED = 4, 24
+"""Places for gradients, and tokens replaced, of each sequence, two a text: fewer than by default."""
 
 FAR = 1 << 20
 """Tokens at which the bytes of a policy are given besides the trained length: 1M."""
@@ -258,6 +258,7 @@ def _reach(
         case.pieces(length),
         bound=bound,
         places=REACH_PLACES,
+        replaced=REACH_REPLACED,
         strict=False,
         rounding=EXPERTS_ROUNDING if experts else 0.0,
         seed=seed,

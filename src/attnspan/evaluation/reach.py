@@ -29,7 +29,10 @@ FIRST = 4
 """Tokens at the start whose influence is summed apart: as sinks they act at every distance."""
 
 PLACES = 8
-"""Places of each sequence that are asked for gradients, and tokens of it that are replaced."""
+"""Places of each sequence that are asked for gradients."""
+
+REPLACED = 32
+"""Tokens of each sequence that are replaced: few of them change much, so the mean needs many."""
 
 _BINS_PER_OCTAVE = 4
 # Tokens in one batch of forwards.
@@ -141,6 +144,7 @@ def measure(
     *,
     bound: int | None = None,
     places: int = PLACES,
+    replaced: int = REPLACED,
     first: int = FIRST,
     sinks: int = 0,
     strict: bool = True,
@@ -151,8 +155,8 @@ def measure(
     """The reach of `model` on some sequences, by gradients and by changes.
 
     Gradients are asked at `places` places of the second half of each sequence, the last among them,
-    one forward and backward each. Tokens are replaced at `places` places spread over each sequence,
-    each by one drawn from the sequence itself, in batches. So memory is linear in the length where
+    one forward and backward each. `replaced` tokens spread over each sequence are replaced, each by
+    one drawn from the sequence itself, in batches. So memory is linear in the length where
     the model's attention is, and doesn't grow with the places.
 
     Args:
@@ -160,7 +164,8 @@ def measure(
             pattern=...)`; its weights are left as they are.
         ids: `(sequences, length)`, on the model's device.
         bound: the farthest distance possible (`bound(windows)`); None: nothing is asserted.
-        places: of each sequence.
+        places: of each sequence, for gradients.
+        replaced: tokens of each sequence.
         first: tokens at the start that are left out of all but `Influence.first`, and of what is
             asserted of changes.
         sinks: tokens at the start that the model, or its pattern, lets every query see: of these
@@ -188,12 +193,13 @@ def measure(
         raise ValueError("the model is in training mode; call model.eval() first")
     if sinks > first:
         raise ValueError(f"sinks is {sinks}; up to first, {first}, are allowed")
-    if isinstance(places, bool) or not isinstance(places, int) or places < 1:
-        raise ValueError(f"places is {places!r}; a whole number of at least 1 is allowed")
+    for name, count in (("places", places), ("replaced", replaced)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} is {count!r}; a whole number of at least 1 is allowed")
     length = ids.shape[1]
     queries = _spread(length // 2, length - 2, places)
-    replaced = _spread(first, length - 2, places)
-    total, done = len(ids) * (len(queries) + len(replaced) + 1), 0
+    sources = _spread(first, length - 2, replaced)
+    total, done = len(ids) * (len(queries) + len(sources) + 1), 0
 
     def told(count: int) -> None:
         nonlocal done
@@ -216,7 +222,7 @@ def measure(
                 # From the query backwards, so that an index is a distance.
                 gradients.add_query(values[: place + 1].flip(0))
                 told(1)
-            others = _replacements(row, replaced, generator)
+            others = _replacements(row, sources, generator)
             for place, values in changed(model, row, others, told, rounding):
                 changes.add_source(place, values)
     found = Reach(bound, length, len(ids), gradients.influence(), changes.influence())
