@@ -47,8 +47,8 @@ FEWER_SINKS = (1, 2)
 HALVINGS = 4
 LEAST_WINDOW = 8
 
-REACH_PLACES, REACH_REPLACED = 4, 24
-"""Places for gradients, and tokens replaced, of each sequence, two a text: fewer than by default."""
+REACH_PLACES, REACH_REPLACED = 4, 16
+"""Places for gradients, and tokens replaced, of each sequence: two a text, so fewer of each."""
 
 FAR = 1 << 20
 """Tokens at which the bytes of a policy are given besides the trained length: 1M."""
