@@ -302,6 +302,7 @@ def curve(window, sinks, reference=None):
     sizes = [256, 128, 64]
     best = {"text": "t", "perplexity": 3.0, "fresh": 3.0, "frequencies": 20.0}
     return {
+        "length": 256,
         "reference": reference,
         "best": [{**best, "better_than_frequencies": True}],
         "judged": True,

@@ -73,6 +73,11 @@ class _Case:
     def windows(self) -> list[int | None]:
         return [layer.sliding_window for layer in self.anatomy.layers]
 
+    @property
+    def full(self) -> int:
+        """Tokens at which bytes are given: the trained length, where the config says it."""
+        return self.trained or self.length
+
     def pieces(self, length: int) -> Tensor:
         """The start and the end of each passage, BOS first where there is one."""
         rows = []
@@ -326,6 +331,7 @@ def _curve(
         )
         rows.append(row)
     curve: dict[str, Any] = {
+        "length": case.length,
         "reference": None if reference is None else reference[0],
         "best": texts,
         "judged": all(each["better_than_frequencies"] for each in texts),
@@ -344,7 +350,7 @@ def _curve(
 
 
 def _reference(ledger: Ledger, windows: Sequence[Window]) -> tuple[int, Window] | None:
-    """The window that predicts better than fresh forwards of the trained length, if one does.
+    """The window that predicts better than fresh forwards of all that may be seen, if one does.
 
     So it is of a model that was trained under a window which its config doesn't declare: what it
     gives with more in sight is not the best that it can do.
@@ -363,7 +369,7 @@ def _reference(ledger: Ledger, windows: Sequence[Window]) -> tuple[int, Window] 
 def _row(case: _Case, ledger: Ledger, policy: Policy | PerLayer) -> dict[str, Any]:
     row = ledger.row(policy)
     row["within"] = all(within(each["over_best"]) for each in row["texts"])
-    row["bytes"] = policy_bytes(case.anatomy, policy, ledger.model.dtype, case.length)
+    row["bytes"] = policy_bytes(case.anatomy, policy, ledger.model.dtype, case.full)
     row["bytes_far"] = policy_bytes(case.anatomy, policy, ledger.model.dtype, FAR)
     return row
 
@@ -444,8 +450,8 @@ def _suggestion(
         "texts": chosen["texts"],
         "bytes": chosen["bytes"],
         "bytes_far": chosen["bytes_far"],
-        "keep_all_bytes": policy_bytes(case.anatomy, KeepAll(), dtype, case.length),
+        "keep_all_bytes": policy_bytes(case.anatomy, KeepAll(), dtype, case.full),
         "keep_all_bytes_far": policy_bytes(case.anatomy, KeepAll(), dtype, FAR),
-        "length": case.length,
-        "far": FAR,
+        "tokens": case.full,
+        "tokens_far": FAR,
     }

@@ -122,7 +122,7 @@ def _perplexity(axes: Any, curve: Mapping[str, Any]) -> None:
         axes.yaxis.set_minor_formatter("{x:g}" if tallest < 10 else NullFormatter())
     axes.set_xlabel("tokens that the cache holds")
     reference = curve["reference"]
-    best = "in the trained length" if reference is None else f"of all, W={reference}"
+    best = f"in {curve['length']:,} tokens" if reference is None else f"of all, W={reference}"
     axes.set_ylabel(f"perplexity over the best {best}")
     axes.set_title(
         "a stream as its cache shrinks"

@@ -57,14 +57,14 @@ def _suggestion(result: Mapping[str, Any]) -> Iterator[str]:
     yield "Suggested, the fewest bytes of all that was measured within the tolerance:"
     yield f"  --policy '{found['policy']}'"
     yield (
-        f"  {losses}; it holds {size(found['bytes'])} at {found['length']:,} tokens and "
-        f"{size(found['bytes_far'])} at {found['far']:,}, keep-all {size(found['keep_all_bytes'])} "
+        f"  {losses}; it holds {size(found['bytes'])} at {found['tokens']:,} tokens and "
+        f"{size(found['bytes_far'])} at {found['tokens_far']:,}, keep-all {size(found['keep_all_bytes'])} "
         f"and {size(found['keep_all_bytes_far'])}, in {result['meta']['model']['dtype']}"
     )
 
 
 def _windows(curve: Mapping[str, Any]) -> Iterator[str]:
-    best = "fresh forwards of the trained length"
+    best = f"fresh forwards of {curve['length']:,} tokens"
     if curve["reference"] is not None:
         best = f"window:{curve['reference']}, which does better than {best}"
     yield (

@@ -22,7 +22,7 @@ def within(over_best: Mapping[str, float]) -> bool:
 def counted(curve: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Rows that say something of the model, largest first.
 
-    Where a window does better than all that the model was trained for, larger ones don't.
+    Where a window does better than all that was in sight of a fresh forward, larger ones don't.
     """
     rows = sorted(curve["rows"], key=lambda row: -row["tokens"])
     return [
@@ -101,7 +101,7 @@ def _window(result: Mapping[str, Any]) -> dict[str, Any]:
         )
     alone, sunk = safe_from(curve, "window"), safe_from(curve, "sinks")
     by_size = {row["tokens"]: row for row in rows}
-    best = "the best in the trained length"
+    best = f"the best, fresh forwards of {curve['length']:,} tokens"
     if curve["reference"] is not None:
         best = f"the best, W={curve['reference']:,}"
     demand = f"within {TOLERANCE:.0%} of {best}"
@@ -120,8 +120,8 @@ def _window(result: Mapping[str, Any]) -> dict[str, Any]:
                 for each in curve["best"]
             )
             sentence += (
-                f"; larger ones lose: forwards of the trained length have {gains} the perplexity "
-                "of the best, as if the model was trained under a window that its config doesn't "
+                f"; larger ones lose: fresh forwards of {curve['length']:,} tokens have {gains} the "
+                "perplexity of the best, as if the model was trained under a window that its config doesn't "
                 "declare"
             )
         return _one("window", "safe", sentence)
