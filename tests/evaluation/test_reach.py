@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tiny import random_ids, tiny
+from tiny import COMMON, random_ids, rounded, tiny
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import attnspan as span
 from attnspan.evaluation import reach
@@ -80,6 +81,26 @@ def test_sinks_are_unbounded_and_nothing_else_is(llama):
         assert found.gradients.first > 0.05  # of influence that is more than 44 tokens away
         with pytest.raises(ArithmeticError, match="gradients beyond"):
             measure(llama, IDS, bound=FOUR_OF_12, sinks=3, places=4, replaced=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_zero_in_other_precisions(dtype):
+    model = rounded(tiny("mistral-sliding", attn_implementation="sdpa"), dtype)
+    found = measure(model, IDS, bound=FOUR_OF_12, places=4, replaced=4)
+    assert found.gradients.beyond == 0.0 == found.changes.beyond
+    assert found.gradients.mean[40] > 0
+
+
+def test_experts_may_round_where_nothing_reaches():
+    """An expert's product has a row for each token that chose it, so others' last bits move."""
+    torch.manual_seed(0)
+    sizes = {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12}
+    model = MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+    found = measure(model, IDS, bound=FOUR_OF_12, places=4, replaced=8, rounding=1e-9)
+    assert found.gradients.beyond == 0.0
+    assert found.changes.beyond <= 1e-9 < found.changes.mean[0]
+    with pytest.raises(ArithmeticError, match="gradients beyond the bound of 33"):
+        measure(model, IDS, bound=33, places=4, replaced=8, rounding=1e-9)
 
 
 def test_gradients_are_those_of_differences():

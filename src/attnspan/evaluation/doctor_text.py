@@ -54,12 +54,15 @@ def _suggestion(result: Mapping[str, Any]) -> Iterator[str]:
         yield "No policy is suggested: none that was measured is shown to be within the tolerance."
         return
     losses = ", ".join(f"{loss(each['over_best'])} on {each['text']}" for each in found["texts"])
+    ours, all_of_it = (
+        f"{size(found[name])} at {found['tokens']:,} tokens and {size(found[name + '_far'])} at "
+        f"{found['tokens_far']:,}"
+        for name in ("bytes", "keep_all_bytes")
+    )
     yield "Suggested, the fewest bytes of all that was measured within the tolerance:"
     yield f"  --policy '{found['policy']}'"
     yield (
-        f"  {losses}; it holds {size(found['bytes'])} at {found['tokens']:,} tokens and "
-        f"{size(found['bytes_far'])} at {found['tokens_far']:,}, keep-all {size(found['keep_all_bytes'])} "
-        f"and {size(found['keep_all_bytes_far'])}, in {result['meta']['model']['dtype']}"
+        f"  {losses}; it holds {ours}, keep-all {all_of_it}, in {result['meta']['model']['dtype']}"
     )
 
 

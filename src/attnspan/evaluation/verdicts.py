@@ -107,7 +107,11 @@ def _window(result: Mapping[str, Any]) -> dict[str, Any]:
     demand = f"within {TOLERANCE:.0%} of {best}"
     below = [size for size in sizes if alone is not None and size < alone]
     if alone is not None:
-        sentence = f"window-safe from W={alone:,}: {demand}, {_losses(by_size[alone]['window'])}"
+        sentence = f"window-safe from W={alone:,}"
+        if alone == curve["reference"]:
+            sentence += ", with which the model does best"
+        else:
+            sentence += f": {demand}, {_losses(by_size[alone]['window'])}"
         if below:
             sentence += (
                 f"; W={max(below):,} isn't shown to be: {_losses(by_size[max(below)]['window'])}"
@@ -120,9 +124,9 @@ def _window(result: Mapping[str, Any]) -> dict[str, Any]:
                 for each in curve["best"]
             )
             sentence += (
-                f"; larger ones lose: fresh forwards of {curve['length']:,} tokens have {gains} the "
-                "perplexity of the best, as if the model was trained under a window that its config doesn't "
-                "declare"
+                f"; larger ones lose: fresh forwards of {curve['length']:,} tokens have {gains} "
+                "the perplexity of the best, as if the model was trained under a window that its "
+                "config doesn't declare"
             )
         return _one("window", "safe", sentence)
     sentence = (
