@@ -107,6 +107,7 @@ def test_a_window_trained_model_is_safe_from_its_window_and_has_no_sinks(windowe
     verdict = said(windowed)
     assert verdict["window"]["verdict"] == "safe"
     first = windowed["windows"]["rows"][0]
+    assert windowed["windows"]["reference"] is None
     assert first["tokens"] == WINDOW
     assert first["window"]["within"]
     # Fresh forwards and a stream of the model's own window differ by rounding alone.

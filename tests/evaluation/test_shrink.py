@@ -135,6 +135,8 @@ LARGE, SMALL = Window(64), Window(8)
     [
         ([0.001, 0.05, 0.001, 0.03], None, [1, 3]),
         ([0.0, 0.0, 0.0], None, []),
+        # Within 2 % itself, but not the whole interval.
+        ([0.0195, 0.0], None, [0]),
         ([0.05, 0.05], None, [0, 1]),
         ([0.008] * 5, None, [2, 3, 4]),
         # Sliding layers keep their own window, and are neither tried nor full.

@@ -67,7 +67,7 @@ def loss(figures: Mapping[str, float]) -> str:
     >>> loss({"ratio": 1.013, "low": 1.004, "high": 1.022})
     '+1.3 % (+0.4 to +2.2)'
     >>> loss({"ratio": 3.5, "low": 3.1, "high": 4.0})
-    '3.5 times (3.1 to 4.0)'
+    '3.5 times (3.1 to 4)'
     """
     if figures["ratio"] >= 1.5:
         return "{ratio:.3g} times ({low:.2g} to {high:.2g})".format(**_capped(figures))
