@@ -496,3 +496,14 @@ MODEL = {
     "num_attention_heads": 4,
     "vocab_size": 100,
 }
+
+
+def test_reach_by_hand() -> None:
+    assert plan("mistral-7b", 1000).reach == 32 * (4096 - 1)
+    assert plan("llama-3-8b", 1000).reach is None
+    assert plan("llama-3-8b", 1000, policy="sinks:4+window:100").reach == 32 * 99
+    # On a grid of 10 a query sees up to 9 tokens more.
+    assert plan("llama-3-8b", 1000, policy="window:100,block=10").reach == 32 * (99 + 9)
+    assert plan("llama-3-8b", 1000, policy="heavy:50+window:50").reach is None
+    assert plan("gemma-3-1b", 1000, policy="window:2000").reach == 22 * 511 + 4 * 1999
+    assert plan("mistral-7b", 1000, pattern="SlidingWindow(10)").reach is None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attnspan.planner import activations
 from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
-from attnspan.planner.engines import CacheBytes, cache_bytes
+from attnspan.planner.engines import CacheBytes, cache_bytes, layer_policies
 from attnspan.planner.layers import (
     Kind,
     every_layer,
@@ -29,6 +29,7 @@ from attnspan.planner.links import GPUS, Device, Link, Machine, find_device, mac
 from attnspan.planner.operations import Phase, decode, prefill
 from attnspan.planner.presets import model as find_model
 from attnspan.planner.quantities import MOST_TOKENS, shown, size
+from attnspan.planner.reach import bound
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import Factor, stack
 from attnspan.planner.weight_bytes import distinct, weight_bytes
@@ -127,6 +128,21 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         return None if self.spare is None else self.spare >= 0
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back one can influence the present one at most, kept sinks left out.
+
+        None: any number, or, under a pattern or where scores choose what is kept, not told.
+        """
+        if self.pattern is not None:
+            return None
+        kept = layer_policies(self.spec, self.policy)
+        if any(policy.band is None for policy in kept):
+            return None
+        windows = [None if p.capacity is None else p.capacity - p.leading for p in kept]
+        chunked = self.spec.chunked and self.policy is None
+        return bound(windows, chunked=chunked, shares=self.spec.shares)
 
     @cached_property
     def stack(self) -> tuple[Factor, ...]:

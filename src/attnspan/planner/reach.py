@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 
-def bound(windows: Sequence[int | None], *, chunked: bool = False) -> int | None:
+def bound(
+    windows: Sequence[int | None], *, chunked: bool = False, shares: Sequence[int | None] = ()
+) -> int | None:
     """The farthest distance at which a token can influence another's output.
 
     A layer with a window of W, the token itself included, carries what it knows W - 1 places on; a
@@ -20,6 +22,9 @@ def bound(windows: Sequence[int | None], *, chunked: bool = False) -> int | None
         chunked: the windows are chunks counted from token 0 (Llama 4), of which a query sees its
             own. Nothing crosses a place where chunks of all layers begin, so the bound doesn't grow
             with the layers once they share such places.
+        shares: for each layer the earlier one whose keys and values it reads, or None where it has
+            its own; empty: all have their own. Such a layer carries on from where that one stood,
+            so it adds less.
 
     Returns:
         A distance in tokens; None where some layer sees all of the past.
@@ -47,5 +52,10 @@ def bound(windows: Sequence[int | None], *, chunked: bool = False) -> int | None
         known.append(window)
     if len(known) < len(windows):
         return None
-    reach = sum(window - 1 for window in known)
+    reach = 0
+    before: list[int] = []  # how far back what each layer reads may come from
+    for layer, window in enumerate(known):
+        before.append(reach)
+        source = shares[layer] if shares else None
+        reach = max(reach, before[layer if source is None else source] + window - 1)
     return min(reach, math.lcm(*known) - 1) if chunked else reach

@@ -74,6 +74,10 @@ def _kinds(plan: Plan) -> str:
         f"  A token's keys and values: {plan.token_bytes:,} bytes in a layer, "
         f"{plan.token_bytes * owners:,} in all."
     )
+    if plan.reach is not None:
+        lines.append(
+            f"  All layers together reach at most {plan.reach:,} tokens back, sinks apart."
+        )
     return "\n".join(lines)
 
 
@@ -213,6 +217,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             for kind in plan.kinds
         ],
         "token_bytes": plan.token_bytes,
+        "reach": plan.reach,
         "cache": {
             "total": plan.cache.total,
             "other": plan.cache.other,

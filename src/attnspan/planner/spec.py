@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnspan.planner.reach import bound
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -176,24 +178,10 @@ class ModelSpec:
     def reach(self) -> int | None:
         """How many tokens back one can influence the present one at most; None: any number.
 
-        A layer with a window of W carries over at most W - 1 tokens, and the layers add up. One
-        that reads an earlier layer's keys carries on from where that one stood, so it adds less.
-        Chunks of one length don't add up: nothing crosses their edges, and the bound is W - 1.
+        As `attnspan.planner.reach.bound` has it.
 
         >>> from attnspan.planner.presets import model
         >>> model("mistral-7b").reach == 32 * (4096 - 1), model("gemma-3-1b").reach
         (True, None)
         """
-        if self.chunked:
-            sizes = set(self.windows)
-            return None if None in sizes or len(sizes) > 1 else max(filter(None, sizes)) - 1
-        before: list[int] = []  # how far back what a layer reads may come from
-        reached = 0
-        for layer, window in enumerate(self.windows):
-            if window is None:
-                return None
-            before.append(reached)
-            source = self.shares[layer] if self.shares else None
-            start = before[layer if source is None else source]
-            reached = max(reached, start + window - 1)
-        return reached
+        return bound(self.windows, chunked=self.chunked, shares=self.shares)
