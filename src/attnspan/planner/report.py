@@ -75,9 +75,8 @@ def _kinds(plan: Plan) -> str:
         f"{plan.token_bytes * owners:,} in all."
     )
     if plan.reach is not None:
-        lines.append(
-            f"  All layers together reach at most {plan.reach:,} tokens back, sinks apart."
-        )
+        apart = ", kept sinks apart" if plan.policy is not None else ""
+        lines.append(f"  All layers together reach at most {plan.reach:,} tokens back{apart}.")
     return "\n".join(lines)
 
 
