@@ -41,6 +41,6 @@ check: venv
 	.venv/bin/python -m pytest --doctest-modules src
 
 bench: venv
-	@set -e; for name in cpu step_cost quality kill_resume million; do \
+	@set -e; for name in startup cpu step_cost quality kill_resume million; do \
 		echo "benchmarks/$$name.py"; .venv/bin/python "benchmarks/$$name.py"; \
 	done

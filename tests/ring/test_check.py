@@ -39,7 +39,7 @@ def test_a_ring_of_two_is_exact_and_its_figures_serve_the_simulator(tmp_path) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--processes", "1"), "processes is 1; a whole number of at least 2 is allowed"),
+        (("--processes", "1"), "--processes': 1 is given; a whole number of at least 2 is allowed"),
         (("--tokens", "100"), "tokens is 100 on 4 processes; a multiple of 8 is allowed"),
         (("--heads", "3"), "heads is 3; a multiple of the 2 KV heads is allowed"),
         (("--json", "/no/such/folder/x"), "there is no folder"),
