@@ -149,6 +149,15 @@ def test_a_window_that_isn_t_what_it_says_is_caught():
         assert bands.examine(attached, ids, [12] * 4).seen == (12,) * 4
 
 
+@pytest.mark.parametrize(("window", "agrees"), [(91, True), (92, None), (99, None)])
+def test_a_window_that_ends_with_the_text_is_neither_agreed_to_nor_denied(window, agrees):
+    # The token at 8 is changed: a query sees it up to 8 + window - 1, and the last one is at 99.
+    model = tiny("mistral-sliding", sliding_window=window)
+    found = bands.examine(model, random_ids(N)[0], windows_of(model))
+    assert found.agrees is agrees
+    assert "really see" not in found.sentence
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "written", "expected"),
     [

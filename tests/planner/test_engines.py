@@ -403,7 +403,7 @@ def test_vllm_pads_groups() -> None:
 
 
 def test_llama_cpp_by_hand() -> None:
-    spec = replace(model("llama-3.1-8b"), layers=2, windows=(1024, None))
+    spec = replace(model("llama-3.1-8b"), layers=2, windows=(1024, None), family="gemma2")
     plan = cache_bytes(spec, 10_000, engine="llama.cpp", batch=2)
     token = 2 * 2 * 8 * 128 * 2
     # 10,000 round up to 40 x 256; 1,024 + 512 are 6 x 256 already.
@@ -411,6 +411,17 @@ def test_llama_cpp_by_hand() -> None:
     assert plan.total == (1536 + 10_240) * token
     assert plan.full_pages == 2 * 10_240 * token
     assert cache_bytes(spec, 300, engine="llama.cpp").layers[0].slots == 512
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "phi-3-mini-4k"])
+def test_llama_cpp_keeps_all_where_it_knows_no_window(name: str) -> None:
+    # src/models/llama.cpp, which Mistral's are, has a plain cache; phi3.cpp sets swa_type to none.
+    spec = model(name)
+    assert spec.sliding_layers
+    plan = cache_bytes(spec, 32_768, engine="llama.cpp")
+    assert plan.total == 32_768 * spec.kv_bytes()
+    assert plan.full_pages is None
+    assert "every layer has cells for all tokens" in plan.notes[1]
 
 
 # Refusals -----------------------------------------------------------------------------------------

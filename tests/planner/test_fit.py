@@ -35,6 +35,7 @@ def test_longest_by_hand() -> None:
             {"chunk": 512},
             {"engine": "vllm"},
             {"engine": "transformers"},
+            {"engine": "transformers", "chunk": 512},
             {"weights": "int4"},
             {"policy": "window:900"},
             {"pattern": "Blockwise(900)"},
@@ -55,6 +56,15 @@ def test_one_token_more_does_not_fit(name: str, gib: int, how: dict[str, Any]) -
     else:
         assert found.beyond.context == found.context + 1
         assert not plan(name, found.context + 1, memory=gib * 2**30, **how).fits
+
+
+@pytest.mark.parametrize("chunk", [512, None])
+@pytest.mark.parametrize("name", ["mistral-7b", "gpt-oss-20b"])
+def test_a_longer_context_never_takes_less_of_transformers(name: str, chunk: int | None) -> None:
+    # Where a last call of one token follows whole ones, slices of the call before live on.
+    lengths = [*range(500, 530), *range(4090, 4105), 4607, 4608, 4609, 5000, 8192, 8193]
+    taken = [plan(name, n, engine="transformers", chunk=chunk).total for n in lengths]
+    assert taken == sorted(taken)
 
 
 def test_a_bounded_cache_and_steps_fit_any_context() -> None:

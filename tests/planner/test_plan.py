@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import attnspan
 from attnspan.planner import plan as module
+from attnspan.planner.activations import prefill_peak
 from attnspan.planner.explain import Line
 from attnspan.planner.links import DEVICES, LINKS
 from attnspan.planner.plan import Plan, plan
@@ -176,6 +177,37 @@ def test_shared_keys_by_hand() -> None:
     assert patterned.cache.total == 6 * 100 * token
     # Prefill writes what six layers hold, and all ten read.
     assert found.prefill.bytes == weights + 5000 * token * (6 + 10)
+
+
+@pytest.mark.parametrize("chunk", [None, 2048])
+def test_the_prefill_of_transformers_holds_what_its_slices_keep_alive(chunk: int | None) -> None:
+    """Mistral 7B: each layer joins the 4,095 tokens before with all of the last call."""
+    n = 32_768
+    found = plan("mistral-7b", n, engine="transformers", chunk=chunk)
+    peak = prefill_peak(
+        found.spec, n, engine="transformers", chunk=chunk, threads=None
+    )  # above the cache that the prefill leaves
+    held = n if chunk is None else 4095 + chunk
+    assert found.cache.total == 32 * (4096 * 4096 + 8)
+    assert found.total == found.weights + 32 * (held * 4096 + 8) + peak.bytes
+    assert sum(count for _, count in found.activations.parts) == found.activations.bytes
+
+
+def test_a_token_that_takes_all_experts() -> None:
+    config = {
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+    }
+    found = plan(config, 100, batch=3)
+    step = found.decode
+    assert step is not None
+    # All but the embedding, and the keys of all 100 tokens in both layers.
+    rows = found.spec.vocabulary * found.spec.hidden
+    assert step.bytes == found.weights - 2 * rows + 3 * 2 * 100 * found.token_bytes
+    for line in found.explain():
+        assert eval(line.numbers, ALLOWED) == pytest.approx(line.value)
 
 
 def test_latents_by_hand() -> None:

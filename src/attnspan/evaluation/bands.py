@@ -46,7 +46,8 @@ class Bands:
         if not self.tried:
             return None
         pairs = list(zip(self.windows, self.seen, strict=True))
-        if any(w is not None and w >= self.tried for w, _ in pairs):
+        # The changed token stands at `_BEYOND` at most; a window that ends there can't be told.
+        if any(w is not None and w >= self.tried - _BEYOND for w, _ in pairs):
             return None
         return all(window == seen for window, seen in pairs)
 

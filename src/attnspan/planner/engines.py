@@ -29,6 +29,20 @@ _GROWTH = 256
 _WARMUP, _SKIP, _GROUP = 64, 4, 32
 # Cells of llama.cpp come in steps.
 _CELLS = 256
+# Families whose windows llama.cpp keeps (`src/models/` there sets `swa_type`). Mistral's it has no
+# code for (`llama.cpp`), and Phi 3's it switches off (`phi3.cpp`).
+_LLAMA_CPP_SLIDES = frozenset(
+    {
+        "cohere2",
+        "exaone4",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gpt_oss",
+        "llama4_text",
+        "olmo3",
+    }
+)
 # What an engine takes besides, and what it is unless given.
 _OPTIONS = {
     "call": ("transformers", 1),
@@ -113,8 +127,8 @@ def cache_bytes(
     >>> from attnspan.planner.presets import model
     >>> cache_bytes(model("mistral-7b"), 131_072).total // 2**20  # MiB: the window bounds it
     512
-    >>> cache_bytes(model("mistral-7b"), 131_072, engine="llama.cpp").layers[0].slots
-    4608
+    >>> cache_bytes(model("gemma-3-4b"), 131_072, engine="llama.cpp").layers[0].slots
+    1536
     """
     given = {"call": call, "page": page, "batched": batched, "microbatch": microbatch}
     counted = {"tokens": tokens, "batch": batch, "itemsize": itemsize}
@@ -475,20 +489,25 @@ def _llama_cpp(
 ) -> CacheBytes:
     """What llama.cpp allocates for contexts of `tokens` tokens, each sequence a stream of its own.
 
-    Cells come in 256s. Layers that slide have cells for the window and one micro-batch.
+    Cells come in 256s. Layers that slide have cells for the window and one micro-batch, in the
+    families whose windows it knows; in others they have cells for all tokens.
     """
     token = batch * _token(spec, "dense", itemsize)
     base = -(-tokens // _CELLS) * _CELLS
+    windows = any(window is not None for window in spec.windows)
+    slides = spec.family in _LLAMA_CPP_SLIDES
 
     def places(window: int | None) -> int:
-        if window is None:
+        if window is None or not slides:
             return base
         return -(-min(base, window + microbatch) // _CELLS) * _CELLS
 
     layers = _layers(spec, tuple(places(window) for window in spec.windows), token)
-    everything = None
-    if any(window is not None for window in spec.windows):
-        everything = base * token * sum(_own(spec))
-    return CacheBytes(
-        "llama.cpp", layers, notes=("Read in llama.cpp's source, not run.",), full_pages=everything
-    )
+    notes = ["Read in llama.cpp's source, not run."]
+    if windows and not slides:
+        notes.append(
+            f"llama.cpp doesn't use the windows of {spec.family or 'such'} models: every layer has "
+            "cells for all tokens."
+        )
+    everything = base * token * sum(_own(spec)) if windows and slides else None
+    return CacheBytes("llama.cpp", layers, notes=tuple(notes), full_pages=everything)

@@ -60,8 +60,6 @@ def _cache(plan: Plan) -> list[Line]:
     spec, batch = plan.spec, plan.batch
     words, numbers = _token(spec, plan.storage)
     token, lines = plan.token_bytes, []
-    if plan.engine == "transformers" and spec.latent is not None:
-        words, numbers = "as the engine holds it", str(token)
     lines.append(Line("keys and values of a token in a layer", words, numbers, token, "bytes"))
     for kind in plan.kinds:
         about = f"{kind.name}: {kind.sees}"

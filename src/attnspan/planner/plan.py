@@ -246,6 +246,8 @@ def plan(
     kinds = layer_kinds(spec, views, words, cache, context, patterns is not None)
     held_weights = weight_bytes(spec, weights)
     peak, working = _activations(spec, context, batch, engine, chunk, devices, rates)
+    if engine == "transformers":
+        peak = _with_slices(peak, spec, context, batch, chunk, cache.total)
     ahead = prefill(spec, kinds, context, batch, weights, rates, devices, token)
     ring, share, hop = None, cache.total, None
     if devices > 1:
@@ -259,13 +261,9 @@ def plan(
         share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
         held = ring.memory - ring.weights - ring.cache
         peak = Peak(held, "a layer", (("a layer, and what the ring's schedule holds", held),), 0)
-    read = token
-    if engine == "transformers" and spec.latent is not None:  # it holds what latents expand to
-        first = next(layer for layer in cache.layers if layer.slots)
-        read = first.bytes // (first.slots * batch)
     step = None
     if all(view.decodes(context) for view in set(views)):
-        step = decode(spec, kinds, batch, weights, rates, devices, read, hop)
+        step = decode(spec, kinds, batch, weights, rates, devices, token, hop)
     return Plan(
         spec=spec,
         context=context,
@@ -288,7 +286,7 @@ def plan(
         working=working,
         prefill=ahead,
         decode=step,
-        token_bytes=read,
+        token_bytes=token,
         ring=ring,
         notes=_notes(
             spec,
@@ -382,6 +380,20 @@ def _activations(
     # Where something else of a layer is wider, the peak isn't attention's.
     alive = standard.working or every * head
     return flash, Working(head, alive, flash.working or 4 * every * rows)
+
+
+def _with_slices(
+    peak: Peak, spec: ModelSpec, context: int, batch: int, chunk: int | None, cache: int
+) -> Peak:
+    """Its bytes are above the cache as the prefill leaves it, of which sliding layers hold all that
+    the last call joined; the plan's cache is that of a step of decoding, which frees it."""
+    call = min(chunk or context, context)
+    last = context % call or call
+    left = cache_bytes(spec, context, batch=batch, engine="transformers", call=last).total - cache
+    if not left:
+        return peak
+    parts = (*peak.parts, ("what sliding layers keep of the last call", left))
+    return replace(peak, bytes=peak.bytes + left, parts=parts)
 
 
 def _notes(

@@ -54,9 +54,9 @@ def distinct(total: int, active: int, batch: int) -> float:
 
 
 def expert(spec: ModelSpec) -> float:
-    """Weights of one routed expert, over all layers that have them; 0 without experts."""
-    if spec.experts is None or spec.active is None:
-        return 0.0
+    """Weights of one routed expert that may go unread, over all layers that have them."""
+    if spec.experts is None or spec.active is None or spec.experts.total == spec.experts.active:
+        return 0.0  # of experts that a token takes all of, none is ever left unread
     return (spec.parameters - spec.active) / (spec.experts.total - spec.experts.active)
 
 
