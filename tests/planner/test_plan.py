@@ -539,3 +539,24 @@ def test_reach_by_hand() -> None:
     assert plan("llama-3-8b", 1000, policy="heavy:50+window:50").reach is None
     assert plan("gemma-3-1b", 1000, policy="window:2000").reach == 22 * 511 + 4 * 1999
     assert plan("mistral-7b", 1000, pattern="SlidingWindow(10)").reach is None
+
+
+def test_a_short_prompt_reads_the_experts_that_it_takes() -> None:
+    """A prompt of one token reads what a decoded token reads, and writes and reads one more."""
+    one = plan("qwen3-30b-a3b", 1)
+    assert one.decode is not None
+    assert one.prefill.bytes == one.decode.bytes + 2 * 48 * 4 * 128 * 2
+    # 128 experts, 8 of them for each of 16 tokens.
+    few = plan("qwen3-30b-a3b", 16).prefill.bytes - plan("qwen3-30b-a3b", 1).prefill.bytes
+    expert = 48 * 3 * 2048 * 768 * 2
+    taken = 128 * (1 - (120 / 128) ** 16)
+    assert few == pytest.approx((taken - 8) * expert + 15 * 2 * 48 * 2 * 4 * 128 * 2, abs=2)
+
+
+def test_a_device_of_a_ring_moves_its_share_and_what_it_is_sent() -> None:
+    alone, shared = plan("mistral-7b", 131_072), plan("mistral-7b", 131_072, devices=8)
+    keys = 131_072 * 4096 * 2 * 32  # written once and read once, 4,096 bytes in each of 32 layers
+    assert shared.ring is not None
+    assert alone.prefill.bytes - shared.prefill.bytes == keys - keys // 8 - 2 * shared.ring.sent
+    # Windows of 4,096: a zigzag rank's two chunks each need the 4,095 tokens before them.
+    assert shared.ring.sent <= 32 * 2 * 4095 * 4096

@@ -10,7 +10,7 @@ from attnspan.planner.operations import pair_operations, read_operations
 from attnspan.planner.seen import Capped, Chunks
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE
-from attnspan.planner.weight_bytes import apart, expert, unread
+from attnspan.planner.weight_bytes import apart, expert
 
 if TYPE_CHECKING:
     from attnspan.planner.plan import Kind, Plan
@@ -246,12 +246,19 @@ def _prefill(plan: Plan) -> list[Line]:
     )
     owners = sum(kind.layers for kind in plan.kinds if kind.held)
     stored = _token(spec, plan.storage)[1]
+    weights_words, weights = _read_weights(plan, batch * n)
+    words, numbers = "context", str(n)
+    if plan.devices > 1:
+        words, numbers = "ceil(context / devices)", f"-(-{n} // {plan.devices})"
+    words = f"{words} * token * (layers that hold + layers that read)"
+    numbers = f"{numbers} * ({stored}) * ({owners} + {spec.layers})"
+    if plan.ring is not None:
+        words, numbers = f"({words} + 2 * received)", f"({numbers} + 2 * {plan.ring.sent})"
     lines.append(
         Line(
             "prefill, bytes",
-            "weights - embedding + batch * context * token * (layers that hold + layers that read)",
-            f"{plan.weights} - {unread(spec)} + {batch} * {n} * ({stored}) * "
-            f"({owners} + {spec.layers})",
+            f"{weights_words} + batch * {words}",
+            f"{weights} + {batch} * {numbers}",
             phase.bytes,
             "bytes",
         )
@@ -277,16 +284,7 @@ def _decode(plan: Plan) -> list[Line]:
     if plan.devices == 1:
         reads = " + ".join(f"{kind.layers} * {kind.read}" for kind in plan.kinds)
     output = f"{spec.vocabulary} * {spec.hidden}"
-    count = str(spec.parameters - apart(spec))
-    words = "matrices"
-    if spec.experts is not None:
-        total, active = spec.experts.total, spec.experts.active
-        count = f"({count} - {total} * (1 - {active} / {total}) ** {batch} * {expert(spec):.15g})"
-        words = "(matrices - experts * (1 - active / experts) ** batch * expert)"
-    kind = plan.weights_kind
-    read = _coded(count, kind)
-    if spec.experts is not None:
-        read = f"round({read})"
+    words, read = _read_weights(plan, batch)
     lines += [
         Line(
             "one token, products",
@@ -304,13 +302,30 @@ def _decode(plan: Plan) -> list[Line]:
         ),
         Line(
             "one token, bytes",
-            f"{words} in {kind} + 2 * vocabulary * hidden + batch * token * keys of all layers",
-            f"{read} + 2 * {output} + {batch} * {plan.token_bytes} * ({reads})",
+            f"{words} + batch * token * keys of all layers",
+            f"{read} + {batch} * {plan.token_bytes} * ({reads})",
             phase.bytes,
             "bytes",
         ),
     ]
     return [*lines, *_rates(plan, "decode")]
+
+
+def _read_weights(plan: Plan, tokens: int) -> tuple[str, str]:
+    """Bytes of weights that so many tokens at once read."""
+    spec, kind = plan.spec, plan.weights_kind
+    words, count = "matrices", str(spec.parameters - apart(spec))
+    if spec.experts is not None:
+        total, active = spec.experts.total, spec.experts.active
+        count = f"({count} - {total} * (1 - {active} / {total}) ** {tokens} * {expert(spec):.15g})"
+        words = "(matrices - experts * (1 - active / experts) ** tokens * expert)"
+    read = _coded(count, kind)
+    if spec.experts is not None:
+        read = f"round({read})"
+    return (
+        f"{words} in {kind} + 2 * vocabulary * hidden",
+        f"{read} + 2 * {spec.vocabulary} * {spec.hidden}",
+    )
 
 
 def _rates(plan: Plan, which: str) -> list[Line]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from attnspan.planner.layers import Kind
 from attnspan.planner.links import Device, Link
 from attnspan.planner.spec import ModelSpec
-from attnspan.planner.weight_bytes import read_bytes, unread, weight_bytes
+from attnspan.planner.weight_bytes import read_bytes
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,24 @@ def prefill(
     device: Device,
     devices: int,
     token: int,
+    received: int = 0,
 ) -> Phase:
-    """The output layer sees the last token alone. Weights are read once, all experts of them; keys
-    and values are written once, and read once by each layer; activations aren't counted."""
+    """The output layer sees the last token alone. Weights are read once, of experts those that some
+    token takes; keys and values are written once, and read once by each layer; activations aren't
+    counted.
+
+    Args:
+        received: bytes of others' keys and values that a device of a ring is sent, of all layers
+            and one sequence. They too are written and read once.
+    """
     output = spec.vocabulary * spec.hidden
     linear = 2 * batch * (context * spec.linear_parameters + output)
     pairs = sum(kind.layers * kind.pairs for kind in kinds)
     attention = pair_operations(spec) * spec.heads * batch * pairs
-    weighed = weight_bytes(spec, weights) - unread(spec)
+    weighed = read_bytes(spec, weights, batch * context)
     owners = sum(kind.layers for kind in kinds if kind.held)
-    moved = weighed + batch * context * token * (owners + spec.layers)
+    own = -(-context // devices) * token * (owners + spec.layers)
+    moved = weighed + batch * (own + 2 * received)
     return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device)
 
 

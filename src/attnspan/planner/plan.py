@@ -248,7 +248,6 @@ def plan(
     peak, working = _activations(spec, context, batch, engine, chunk, devices, rates)
     if engine == "transformers":
         peak = _with_slices(peak, spec, context, batch, chunk, cache.total)
-    ahead = prefill(spec, kinds, context, batch, weights, rates, devices, token)
     ring, share, hop = None, cache.total, None
     if devices > 1:
         from attnspan.planner.prefill import Simulation
@@ -257,10 +256,23 @@ def plan(
         patterns = ring_patterns(spec, policy) if patterns is None else patterns
         simulation = Simulation(spec, context, Machine(rates, hop), pattern=patterns)
         ring = simulation.prefill(devices, "ring")  # of all schedules it holds the least
-        ahead = replace(ahead, seconds=batch * ring.seconds)
+        # `attnspan.Cache(..., ring=...)` deals its slots out evenly.
         share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
         held = ring.memory - ring.weights - ring.cache
         peak = Peak(held, "a layer", (("a layer, and what the ring's schedule holds", held),), 0)
+    ahead = prefill(
+        spec,
+        kinds,
+        context,
+        batch,
+        weights,
+        rates,
+        devices,
+        token,
+        0 if ring is None else ring.sent,
+    )
+    if ring is not None:
+        ahead = replace(ahead, seconds=batch * ring.seconds)
     step = None
     if all(view.decodes(context) for view in set(views)):
         step = decode(spec, kinds, batch, weights, rates, devices, token, hop)
@@ -433,8 +445,9 @@ def _notes(
     if spec.experts is not None:
         total, active = spec.experts.total, spec.experts.active
         notes.append(
-            f"A token takes {active} of {total} experts; a decoding step of {batch} reads "
-            f"{distinct(total, active, batch):.4g} of them on average, prefill all."
+            f"A token takes {active} of {total} experts; on average a decoding step of {batch} "
+            f"reads {distinct(total, active, batch):.4g} of them, this prefill "
+            f"{distinct(total, active, batch * context):.4g}."
         )
     if devices > 1:
         notes.append(

@@ -41,8 +41,8 @@ def coded(count: float, kind: str) -> int:
     return int(codes) if kind == "bf16" else int(codes + 2 * -(-count // GROUP))
 
 
-def distinct(total: int, active: int, batch: int) -> float:
-    """Experts of a layer that a batch takes: `total * (1 - (1 - active / total) ** batch)`.
+def distinct(total: int, active: int, tokens: int) -> float:
+    """Experts of a layer that some token takes: `total * (1 - (1 - active / total) ** tokens)`.
 
     It is the expectation where each token takes `active` of them, all alike probable, and no token
     minds what others take.
@@ -50,7 +50,7 @@ def distinct(total: int, active: int, batch: int) -> float:
     >>> distinct(8, 2, 1), distinct(8, 2, 4)
     (2.0, 5.46875)
     """
-    return total * (1 - (1 - active / total) ** batch)
+    return total * (1 - (1 - active / total) ** tokens)
 
 
 def expert(spec: ModelSpec) -> float:
@@ -60,19 +60,14 @@ def expert(spec: ModelSpec) -> float:
     return (spec.parameters - spec.active) / (spec.experts.total - spec.experts.active)
 
 
-def read_bytes(spec: ModelSpec, kind: str, batch: int) -> int:
-    """Bytes of weights that a step of decoding reads for a batch of one token each.
+def read_bytes(spec: ModelSpec, kind: str, tokens: int) -> int:
+    """Bytes of weights that are read for so many tokens at once: a prompt's, or a batch's one each.
 
     All layers, the experts that some token takes, and the output layer. Of an embedding that is a
     matrix of its own a token needs one row, which isn't counted.
     """
     count: float = spec.parameters - apart(spec)
     if spec.experts is not None:
-        unread = spec.experts.total - distinct(spec.experts.total, spec.experts.active, batch)
+        unread = spec.experts.total - distinct(spec.experts.total, spec.experts.active, tokens)
         count -= unread * expert(spec)
     return coded(count, kind) + 2 * spec.vocabulary * spec.hidden
-
-
-def unread(spec: ModelSpec) -> int:
-    """Bytes of embeddings that aren't the output layer, of which a token needs a row each."""
-    return 2 * (apart(spec) - spec.vocabulary * spec.hidden)
