@@ -16,7 +16,7 @@ from attnspan.cli import main
 from attnspan.evaluation import verify as module
 from attnspan.evaluation.verify import Row, verify
 from attnspan.models.loading import made_up
-from attnspan.planner.engines import CacheBytes
+from attnspan.planner.held import CacheBytes
 from attnspan.policies import HeavyHitter, KeepAll, SinkWindow
 
 POLICIES = (KeepAll(), SinkWindow(4, 60))
@@ -81,9 +81,6 @@ def test_what_would_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["what"] for row in found["rows"]] == ["weights"]
 
 
-# Mutations: a wrong plan or a wrong cache is a miss -----------------------------------------------
-
-
 def test_a_plan_that_is_a_byte_off_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.cache_bytes
 
@@ -127,9 +124,6 @@ def test_a_peak_that_holds_more_is_a_miss() -> None:
 def test_rows(row: Row, off: float, miss: bool) -> None:
     assert row.off == pytest.approx(off)
     assert row.miss is miss
-
-
-# The command --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

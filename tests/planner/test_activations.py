@@ -20,9 +20,6 @@ from attnspan.planner.spec import ModelSpec
 CPU = torch.device("cpu")
 
 
-# Theory -------------------------------------------------------------------------------------------
-
-
 def test_theory_by_hand() -> None:
     # Llama 3.1 8B: hidden 4,096, 32 heads of 128, 14,336 wide, bf16; 1,000 tokens of 2 sequences.
     spec, rows = model("llama-3.1-8b"), 2 * 1000
@@ -59,9 +56,6 @@ def test_experts_count_where_a_token_takes_them() -> None:
     assert spec.experts is not None
     peak = dict(prefill_peak(spec, 1000).parts)
     assert peak["the other half"] == 1000 * spec.experts.active * spec.experts.intermediate * 2
-
-
-# transformers on a CPU ----------------------------------------------------------------------------
 
 
 def measured(loaded: Any, tokens: int, batch: int = 1, chunk: int | None = None) -> int:
@@ -178,9 +172,6 @@ def test_short_calls(tokens: int, chunk: int | None) -> None:
     assert abs(plan(loaded, tokens, chunk=chunk).bytes / real - 1) < 0.02
 
 
-# Mutations: what a plan forgets shows -------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("family", "implementation", "changes"),
     [
@@ -218,9 +209,6 @@ def test_the_measure_takes_the_highest_moment() -> None:
         torch.empty(100, dtype=torch.uint8)
 
     assert peak_bytes(run, CPU) == 7000
-
-
-# A GPU, and what is refused -----------------------------------------------------------------------
 
 
 def test_a_gpu_has_no_tiles_in_memory() -> None:

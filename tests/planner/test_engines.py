@@ -23,7 +23,8 @@ from attnspan.models.anatomy import Layer
 from attnspan.models.budget import resolve
 from attnspan.planner import engines
 from attnspan.planner.configs import from_config
-from attnspan.planner.engines import bytes_per_token, cache_bytes, layer_policies, slots
+from attnspan.planner.engines import cache_bytes
+from attnspan.planner.held import bytes_per_token, layer_policies, slots
 from attnspan.planner.presets import model
 from attnspan.planner.spec import ModelSpec
 from attnspan.policies import (
@@ -55,9 +56,6 @@ POLICIES = st.one_of(
         pooling=st.sampled_from(("mean", "most-used")),
     ),
 )
-
-
-# Storages and slots -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128, 256])
@@ -123,9 +121,6 @@ def test_slots_within_the_models_window() -> None:
     assert slots(SinkWindow(4, 20), 12, 100) == 12
 
 
-# Theory -------------------------------------------------------------------------------------------
-
-
 def test_theory_by_hand() -> None:
     # Llama 3.1 8B: 32 layers, keys and values, 8 heads of 128 in bf16: 131,072 bytes a token.
     assert cache_bytes(model("llama-3.1-8b"), 1000).total == 1000 * 2 * 32 * 8 * 128 * 2
@@ -174,9 +169,6 @@ def test_layers_have_the_policies_that_the_cache_gives_them(
     except ValueError as error:
         found = str(error)
     assert found == expected
-
-
-# attnspan -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +268,6 @@ def test_attnspan_refuses_what_its_cache_refuses(changes: dict[str, Any], why: s
         cache_bytes(model("deepseek-v3"), 10, engine="attnspan")
 
 
-# transformers -------------------------------------------------------------------------------------
-
 SHARING = {
     "vocab_size_per_layer_input": 64,
     "hidden_size_per_layer_input": 8,
@@ -371,9 +361,6 @@ def test_latents_are_held_and_older_releases_held_more() -> None:
     assert plan.notes[0].endswith(f"values, {10 * 61 * 128 * (192 + 128) * 2} bytes.")
 
 
-# vLLM and llama.cpp -------------------------------------------------------------------------------
-
-
 def test_vllm_by_hand() -> None:
     # Three full layers and nine sliding ones: groups of three, none of them padded.
     windows = (128, 128, 128, None) * 3
@@ -422,9 +409,6 @@ def test_llama_cpp_keeps_all_where_it_knows_no_window(name: str) -> None:
     assert plan.total == 32_768 * spec.kv_bytes()
     assert plan.full_pages is None
     assert "every layer has cells for all tokens" in plan.notes[1]
-
-
-# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -314,9 +314,6 @@ def _classes(rule: Pattern, step: int, n: int, m: int, offset: int, tile: int) -
         yield Job(first, residue, end - residue, tiles)
 
 
-# Rules as expressions ---------------------------------------------------------------------------
-
-
 def _strides(rule: Pattern) -> set[int]:
     return {atom.step for atom in atoms(rule) if isinstance(atom, Stride)}
 
@@ -390,8 +387,6 @@ def _not(inner: Pattern) -> Pattern:
             return NONE
     return ALL if inner == NONE else Not(inner)
 
-
-# Masks as programs ------------------------------------------------------------------------------
 
 OPERATIONS = ("all", "none", "distance", "keys", "queries", "span", "stride", "and", "or", "not")
 FAR = 2**62

@@ -9,7 +9,8 @@ from attnspan.planner.phases import FAMILIES, steps
 from attnspan.planner.spec import ModelSpec
 
 ATTENTIONS = ("flash", "standard")
-ENGINES = ("theory", "transformers")
+FOLLOWED = ("theory", "transformers")
+"""Engines whose prefill is followed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prefill_peak(
             raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
     for name, value, allowed in (
         ("attention", attention, ATTENTIONS),
-        ("engine", engine, ENGINES),
+        ("engine", engine, FOLLOWED),
     ):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is not known; allowed are {', '.join(allowed)}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from attnspan.planner.engines import bytes_per_token
+from attnspan.planner.held import bytes_per_token
 from attnspan.planner.plan import Plan, plan
 from attnspan.planner.presets import model
 from attnspan.planner.seen import CAUSAL, of_pattern, of_window

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attnspan.planner.engines import CacheBytes, cache_bytes
+from attnspan.planner.engines import cache_bytes
+from attnspan.planner.held import CacheBytes
 from attnspan.planner.layers import layer_kinds, layer_views, pattern_cache, token_bytes
 from attnspan.planner.operations import decode, prefill
 from attnspan.planner.seen import Capped, Chunks, Strides, View

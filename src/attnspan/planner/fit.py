@@ -56,7 +56,8 @@ class Longest:
 def longest(model: Any, **how: Any) -> Longest:
     """The longest context that fits, to the token, by halving.
 
-    What is held never falls as a context grows, so what fits at a length fits at all shorter ones.
+    What is held doesn't fall as a context grows, so what fits at a length fits at all shorter ones;
+    but for attnspan's int4 in its first tokens, up to 64 past the sinks, which are held dense.
 
     Args:
         model, how: as in `attnspan.plan`.

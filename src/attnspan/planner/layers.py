@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attnspan.planner.engines import CacheBytes, LayerCache, cache_bytes, layer_policies
+from attnspan.planner.engines import cache_bytes
+from attnspan.planner.held import CacheBytes, LayerCache, layer_policies
 from attnspan.planner.seen import View, of_pattern, of_policy, of_window
 from attnspan.planner.spec import ModelSpec
 from attnspan.policies import KeepAll, PerLayer, Policy, SinkWindow, Window

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from attnspan.planner import activations
 from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
-from attnspan.planner.engines import CacheBytes, cache_bytes, layer_policies
+from attnspan.planner.engines import cache_bytes
+from attnspan.planner.held import CacheBytes, layer_policies
 from attnspan.planner.layers import (
     Kind,
     every_layer,
@@ -371,7 +372,7 @@ def _activations(
     device: Device,
 ) -> tuple[Peak, Working]:
     """Engines whose prefill isn't known are given the least there is."""
-    known = engine if engine in activations.ENGINES else "theory"
+    known = engine if engine in activations.FOLLOWED else "theory"
     threads = None if device.name in GPUS else 1
     flash, standard = (
         prefill_peak(
