@@ -150,3 +150,9 @@ def test_without_a_memory_there_is_nothing_to_fit() -> None:
         longest("mistral-7b", device="cpu")
     with pytest.raises(ValueError, match=sentence):
         cheapest("mistral-7b", 9, device="cpu")
+
+
+def test_the_longest_under_a_joined_pattern() -> None:
+    found = longest("llama-3-8b", memory="24GiB", pattern="SlidingWindow(4096) | Sinks(4)")
+    assert found.plan is not None
+    assert found.plan.fits

@@ -4,12 +4,14 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
+from attnspan.patterns import Causal, Pattern, parse
 from attnspan.patterns import pairs as count_pairs
-from attnspan.patterns import parse
-from attnspan.planner.forms import MOST_RANKS, work
+from attnspan.planner.forms import MOST_RANKS, sees_ahead, work
 from attnspan.planner.work import Work
 from attnspan.ring.layout import Contiguous, Striped, ZigZag
+from attnspan.testing import patterns
 
 LAYOUTS = {"contiguous": Contiguous(), "zigzag": ZigZag(), "striped": Striped()}
 PATTERNS = [
@@ -163,3 +165,13 @@ def test_what_is_refused(text: str, n: int, size: int, layout: str, expected: st
     with pytest.raises(ValueError, match=expected) as error:
         work(parse(text), n, size, layout)
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(patterns())
+def test_what_lies_ahead_is_what_counting_finds(pattern: Pattern) -> None:
+    try:
+        found = sees_ahead(pattern)
+    except ValueError:
+        return
+    assert found == bool(count_pairs(pattern & ~Causal(), 60))

@@ -477,7 +477,7 @@ def test_notes() -> None:
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ({"context": 0}, "context is 0; a whole number from 1 to 2147483648 is allowed"),
+        ({"context": 0}, "context is 0; a whole number from 1 to 2147483647 is allowed"),
         ({"context": "128K"}, "context is '128K'; a whole number"),
         ({"context": True}, "context is True"),
         ({"batch": 0}, "batch is 0"),
@@ -560,3 +560,29 @@ def test_a_device_of_a_ring_moves_its_share_and_what_it_is_sent() -> None:
     assert alone.prefill.bytes - shared.prefill.bytes == keys - keys // 8 - 2 * shared.ring.sent
     # Windows of 4,096: a zigzag rank's two chunks each need the 4,095 tokens before them.
     assert shared.ring.sent <= 32 * 2 * 4095 * 4096
+
+
+def test_steps_of_a_prefill_read_weights_and_keys_anew() -> None:
+    """By a loop over the steps, and the step of one token as decoding has it."""
+    whole = plan("gemma-3-1b", 1000)
+    in_steps = plan("gemma-3-1b", 1000, chunk=96)
+    weights = 2 * (whole.spec.parameters)  # tied: the embedding is the output layer
+    token = 2 * 1 * 256 * 2
+    reads, start = 0, 0
+    while start < 1000:
+        end = min(start + 96, 1000)
+        reads += 22 * min(end, 512 + end - start - 1) + 4 * end
+        start = end
+    assert in_steps.prefill.bytes == 11 * weights + token * (26 * 1000 + reads)
+    assert whole.prefill.bytes == weights + token * 26 * 2000
+    assert in_steps.prefill.operations == whole.prefill.operations
+    one = plan("mistral-7b", 1024, chunk=1)
+    assert one.decode is not None
+    assert one.prefill.seconds > 1000 * one.decode.seconds
+
+
+def test_a_prompt_of_latents_makes_all_heads_keys_and_values() -> None:
+    found = plan("deepseek-v3", 131_072, chunk=2048)
+    assert dict(found.activations.parts)["keys and values of all heads"] == (
+        131_072 * 128 * (192 + 128) * 2
+    )

@@ -96,7 +96,8 @@ def _peak(phase: str, parts: dict[str, int], working: int = 0, notes: tuple[str,
 def _theory(
     spec: ModelSpec, new: int, tokens: int, batch: int, itemsize: int, attention: str
 ) -> list[Peak]:
-    """Keys and values are the cache's own, so they count there."""
+    """Keys and values are the cache's own, so they count there; but for those of all heads, which
+    prefill makes from latents, of all tokens so far."""
     rows = batch * new
     hidden = rows * spec.hidden * itemsize
     queries = rows * spec.heads * spec.head_dim * itemsize
@@ -111,11 +112,20 @@ def _theory(
         dense = spec.intermediate if spec.experts.layers < spec.layers else 0
         inner = max(each * spec.experts.intermediate, dense)
     residual = {"residual stream": hidden}
+    expanded = 0
+    if spec.latent is not None:
+        expanded = batch * tokens * spec.heads * (spec.head_dim + spec.value_dim) * itemsize
     return [
         _peak("queries, keys, values", {**residual, "normed input": hidden, "queries": queries}),
         _peak(
             "attention",
-            {**residual, "queries": queries, "attention's output": values, name: working},
+            {
+                **residual,
+                "queries": queries,
+                "keys and values of all heads": expanded,
+                "attention's output": values,
+                name: working,
+            },
             working,
         ),
         _peak(

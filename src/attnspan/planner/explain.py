@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attnspan.planner.formulas import pairs_text, read_text
-from attnspan.planner.operations import pair_operations, read_operations
+from attnspan.planner.operations import keys_read, pair_operations, read_operations
 from attnspan.planner.seen import Capped, Chunks
 from attnspan.planner.spec import ModelSpec
 from attnspan.planner.stack import CACHE
@@ -246,19 +246,27 @@ def _prefill(plan: Plan) -> list[Line]:
     )
     owners = sum(kind.layers for kind in plan.kinds if kind.held)
     stored = _token(spec, plan.storage)[1]
-    weights_words, weights = _read_weights(plan, batch * n)
-    words, numbers = "context", str(n)
-    if plan.devices > 1:
-        words, numbers = "ceil(context / devices)", f"-(-{n} // {plan.devices})"
-    words = f"{words} * token * (layers that hold + layers that read)"
-    numbers = f"{numbers} * ({stored}) * ({owners} + {spec.layers})"
+    size = n if plan.chunk is None else min(plan.chunk, n)
+    whole, rest = divmod(n, size)
+    read_words, read = _read_weights(plan, batch * size)
+    if plan.chunk is not None:
+        read_words, read = f"steps * ({read_words})", f"{whole} * ({read})"
+        read += f" + {_read_weights(plan, batch * rest)[1]}" if rest else ""
     if plan.ring is not None:
-        words, numbers = f"({words} + 2 * received)", f"({numbers} + 2 * {plan.ring.sent})"
+        words = "(ceil(context / devices) * token * (layers that hold + layers) + 2 * received)"
+        numbers = (
+            f"(-(-{n} // {plan.devices}) * ({stored}) * ({owners} + {spec.layers}) "
+            f"+ 2 * {plan.ring.sent})"
+        )
+    else:
+        words = "token * (layers that hold * context + keys that the layers read)"
+        keys = " + ".join(f"{kind.layers} * {keys_read(n, size, kind.read)}" for kind in plan.kinds)
+        numbers = f"({stored}) * ({owners} * {n} + {keys})"
     lines.append(
         Line(
             "prefill, bytes",
-            f"{weights_words} + batch * {words}",
-            f"{weights} + {batch} * {numbers}",
+            f"{read_words} + batch * {words}",
+            f"{read} + {batch} * {numbers}",
             phase.bytes,
             "bytes",
         )
@@ -332,10 +340,13 @@ def _rates(plan: Plan, which: str) -> list[Line]:
     phase = plan.prefill if which == "prefill" or plan.decode is None else plan.decode
     name = "prefill" if which == "prefill" else "one token"
     device, ring, link, layers = plan.device, plan.ring, plan.link, plan.spec.layers
+    calls, calls_words = str(layers), "layers"
+    if which == "prefill" and plan.chunk is not None:
+        calls, calls_words = f"{layers} * -(-{plan.context} // {plan.chunk})", "layers * steps"
     seconds = (
-        "max(products / rate + attention / rate, bytes / bandwidth) + layers * call",
+        f"max(products / rate + attention / rate, bytes / bandwidth) + {calls_words} * call",
         f"max({phase.linear} / {device.linear:.15g} + {phase.attention} / {device.forward:.15g}, "
-        f"{phase.bytes} / {device.memory_bandwidth:.15g}) + {layers} * {device.call:.15g}",
+        f"{phase.bytes} / {device.memory_bandwidth:.15g}) + {calls} * {device.call:.15g}",
     )
     if ring is not None and which == "prefill":
         seconds = (

@@ -98,6 +98,21 @@ def works(pattern: Pattern, n: int, layout: str) -> Callable[[int], Work]:
     return of
 
 
+def sees_ahead(pattern: Pattern) -> bool:
+    """Whether some query sees a later key, of a pattern made of bands.
+
+    Raises:
+        ValueError: the pattern has another form.
+
+    >>> sees_ahead(SlidingWindow(4) | Sinks(2)), sees_ahead(SlidingWindow(4, right=1) & Causal())
+    (False, False)
+    >>> sees_ahead(Longformer(4, 2, right=3))
+    True
+    """
+    # Of token 0 alone nothing lies ahead.
+    return any(term.least < 0 and term.keys > 1 for term in _terms(pattern))
+
+
 @dataclass(frozen=True)
 class _Term:
     """`least <= i - j < end`, queries before `queries`, keys before `keys`."""

@@ -75,6 +75,7 @@ def prefill(
     devices: int,
     token: int,
     received: int = 0,
+    chunk: int | None = None,
 ) -> Phase:
     """The output layer sees the last token alone. Weights are read once, of experts those that some
     token takes; keys and values are written once, and read once by each layer; activations aren't
@@ -83,16 +84,41 @@ def prefill(
     Args:
         received: bytes of others' keys and values that a device of a ring is sent, of all layers
             and one sequence. They too are written and read once.
+        chunk: tokens of a step, on one device. Each step reads the weights anew, and the keys that
+            its queries see.
     """
     output = spec.vocabulary * spec.hidden
     linear = 2 * batch * (context * spec.linear_parameters + output)
     pairs = sum(kind.layers * kind.pairs for kind in kinds)
     attention = pair_operations(spec) * spec.heads * batch * pairs
-    weighed = read_bytes(spec, weights, batch * context)
     owners = sum(kind.layers for kind in kinds if kind.held)
-    own = -(-context // devices) * token * (owners + spec.layers)
-    moved = weighed + batch * (own + 2 * received)
-    return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device)
+    size = context if chunk is None else min(chunk, context)
+    whole, rest = divmod(context, size)
+    moved = whole * read_bytes(spec, weights, batch * size)
+    moved += read_bytes(spec, weights, batch * rest) if rest else 0
+    if devices == 1:
+        read = sum(kind.layers * keys_read(context, size, kind.read) for kind in kinds)
+        moved += batch * token * (owners * context + read)
+    else:
+        own = -(-context // devices) * token * (owners + spec.layers)
+        moved += batch * (own + 2 * received)
+    steps = whole + (rest > 0)
+    return _phase(spec, -(-linear // devices), -(-attention // devices), moved, device, steps)
+
+
+def keys_read(tokens: int, chunk: int, last: int) -> int:
+    """Keys that the steps of a prefill read in a layer, whose last token sees `last` of them.
+
+    A step of c tokens that ends at token b reads `min(b, last + c - 1)`.
+
+    >>> keys_read(100, 100, 8), keys_read(10, 4, 10), keys_read(10, 4, 3)
+    (100, 22, 14)
+    """
+    whole, rest = divmod(tokens, chunk)
+    most = last + chunk - 1
+    rising = min(whole, most // chunk)
+    total = chunk * rising * (rising + 1) // 2 + (whole - rising) * most
+    return total + (min(tokens, last + rest - 1) if rest else 0)
 
 
 def decode(
@@ -121,8 +147,10 @@ def decode(
     )
 
 
-def _phase(spec: ModelSpec, linear: int, attention: int, moved: int, device: Device) -> Phase:
+def _phase(
+    spec: ModelSpec, linear: int, attention: int, moved: int, device: Device, steps: int = 1
+) -> Phase:
     """Computing and moving go on side by side; each layer's attention takes a call's time more."""
     computing = linear / device.linear + attention / device.forward
-    seconds = max(computing, moved / device.memory_bandwidth) + spec.layers * device.call
+    seconds = max(computing, moved / device.memory_bandwidth) + steps * spec.layers * device.call
     return Phase(linear, attention, moved, seconds, device.linear / device.memory_bandwidth)

@@ -261,17 +261,8 @@ def plan(
         share = sum(batch * -(-layer.slots // devices) * token for layer in cache.layers)
         held = ring.memory - ring.weights - ring.cache
         peak = Peak(held, "a layer", (("a layer, and what the ring's schedule holds", held),), 0)
-    ahead = prefill(
-        spec,
-        kinds,
-        context,
-        batch,
-        weights,
-        rates,
-        devices,
-        token,
-        0 if ring is None else ring.sent,
-    )
+    received = 0 if ring is None else ring.sent
+    ahead = prefill(spec, kinds, context, batch, weights, rates, devices, token, received, chunk)
     if ring is not None:
         ahead = replace(ahead, seconds=batch * ring.seconds)
     step = None
@@ -451,6 +442,11 @@ def _notes(
             f"{distinct(total, active, batch * context):.4g}."
         )
     if devices > 1:
+        if batch > 1:
+            notes.append(
+                "On a ring the sequences of a batch go through the prefill one after another: "
+                "activations are those of one."
+            )
         notes.append(
             f"{devices} devices share the context, and each holds all weights; figures are of one "
             "device. Tensor parallelism is planned by `attnspan ring simulate`."

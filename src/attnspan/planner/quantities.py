@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 MOST_RANKS = 1024
-MOST_TOKENS = 2**31
+MOST_TOKENS = 2**31 - 1
 _SUFFIXES = {"": 1, "K": 1024, "M": 1024**2}
 _UNITS = {"B": 1} | {
     f"{letter}{end}": base ** (power + 1)
@@ -80,15 +80,17 @@ def size(text: str) -> int:
     """Bytes: "80GiB" counts in 1,024s, "80GB" in 1,000s.
 
     Raises:
-        ValueError: it is no size, or not of at least 1 byte.
+        ValueError: it is no size, or not of at least 1 byte; or a number below a million alone, by
+            which hardly bytes are meant.
 
-    >>> size("80GiB"), size("80 GB"), size("1.5MiB"), size("4096")
-    (85899345920, 80000000000, 1572864, 4096)
+    >>> size("80GiB"), size("80 GB"), size("1.5MiB"), size("80_000_000")
+    (85899345920, 80000000000, 1572864, 80000000)
     """
     match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
     unit = _UNITS.get(match[2] or "B") if match else None
     count = round(float(re.sub("[_,]", "", match[1])) * unit) if match and unit else 0
-    if not 1 <= count < 2**63:
+    bare = match is not None and not match[2] and count < 10**6
+    if bare or not 1 <= count < 2**63:
         raise ValueError(
             f"memory {text!r} is no size; a number with GiB, MiB, KiB, TiB (1,024s) or GB, MB, KB, "
             "TB (1,000s) is allowed"

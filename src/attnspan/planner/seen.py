@@ -206,8 +206,12 @@ class Counted(View):
 
     def decodes(self, n: int) -> bool:
         from attnspan.patterns import Causal, pairs
+        from attnspan.planner.forms import sees_ahead
 
-        return pairs(self.pattern & ~Causal(), n) == 0
+        try:
+            return n == 1 or not sees_ahead(self.pattern)
+        except ValueError:
+            return pairs(self.pattern & ~Causal(), n) == 0
 
 
 CAUSAL = Capped(None)
