@@ -42,7 +42,7 @@ def said(result):
 @pytest.fixture(scope="module")
 def trained():
     """Four layers that never saw more than the nearest sixteen tokens; 120 steps, some seconds."""
-    return train(120, window=WINDOW, length=64)
+    return train(120, window=WINDOW, rows=8, length=64)
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +318,8 @@ def test_json_text_and_pictures(windowed, undeclared, random, with_sinks):
         for name, verdict in said(result).items():
             assert f"{name}:" in shown
             assert verdict["sentence"] in shown
+    # With a curve and layers left out, and with neither.
+    for result in (undeclared, random):
         assert plot(result).startswith(b"\x89PNG")
     assert plot_reach(windowed["reach"], "svg").startswith(b"<?xml")
 
@@ -428,7 +430,7 @@ def test_layers_that_need_all(small, verdict, expected):
 @pytest.mark.parametrize(
     ("full", "verdict", "expected"),
     [
-        ([0, 1], "some", "where layer 1 alone isn't shown to do"),
+        ([0, 1], "some", "didn't see; on those that it saw layer 1 alone was enough"),
         ([0, 1, 2], "all", "needs all 3 layers full (window:256), as far as can be told on tokens"),
         (None, "unknown", "no layer is shown to do without seeing all: window:256 in all of them"),
     ],

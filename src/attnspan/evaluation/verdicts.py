@@ -256,7 +256,8 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
     )
     unseen = "on tokens that the choice didn't see"
     if full != wanted:
-        unseen += f", where {named(wanted) if wanted else 'none'} alone isn't shown to do"
+        enough = f"{named(wanted)} alone {'was' if len(wanted) == 1 else 'were'} enough"
+        unseen += f"; on those that it saw {enough if wanted else 'none was needed'}"
     if not full:
         return _one(
             "layers",
