@@ -68,15 +68,22 @@ def model():
 
 @pytest.fixture(scope="module")
 def with_sinks(model):
-    """Windows of 64 tokens and fewer are all too little for it, so no layers are searched."""
-    return examine(model, TOKENIZER, texts(), model_name="bundled", limit=512, length=64)
+    """Windows of 64 tokens and fewer are all too little for it, so no layers are searched.
+
+    Of three sizes and a few places of the reach: it is much the largest model here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curve, "HALVINGS", 2)
+        patch.setattr(doctor, "REACH_PLACES", 2)
+        patch.setattr(doctor, "REACH_REPLACED", 4)
+        return examine(model, TOKENIZER, texts(), model_name="bundled", limit=512, length=64)
 
 
 def test_the_bundled_model_needs_its_sinks(with_sinks):
     verdict = said(with_sinks)
     assert verdict["sinks"]["verdict"] == "needed"
     assert verdict["sinks"]["sentence"].endswith("; 1 of them is enough")
-    assert "not window-safe at any W measured (64 to 8)" in verdict["window"]["sentence"]
+    assert "not window-safe at any W measured (64 to 16)" in verdict["window"]["sentence"]
     for row in with_sinks["windows"]["rows"]:
         assert row["window_over_sinks"][0]["low"] > 1.2
 
@@ -84,23 +91,23 @@ def test_the_bundled_model_needs_its_sinks(with_sinks):
 def test_attention_to_bos_is_what_the_model_card_says(model):
     """The table that training measured, by another program, on other pieces of the same text.
 
-    Over six seeds, of the random block and of where pieces start, four pieces of text and single
-    ones, no head was farther than 0.09 from itself on these pieces; 9.2 found 0.97 to 0.99 of the
-    copies, 7.1 found 0.41 to 0.47, and no head of another layer more than 0.01.
+    Over eight seeds of the random block and as many single pieces of text, no head was farther
+    than 0.17 from the table; 9.2 found 0.97 to 0.99 of the copies, 7.1 found 0.34 to 0.47, and no
+    head of another layer more than 0.01. Two pieces, as here, were within 0.13 of the table.
     """
     card = json.loads((Path(__file__).parents[2] / "training/result/evaluation.json").read_text())
     raw = python_heldout().encode()
     pieces = [torch.tensor([256, *raw[i * len(raw) // 4 :][:1023]]) for i in range(2)]
     found = heads.measure(model, pieces, bos=256)
     expected = torch.tensor(card["attention_to_bos"], dtype=torch.float64)
-    torch.testing.assert_close(found.token0, expected, rtol=0, atol=0.12)
+    torch.testing.assert_close(found.token0, expected, rtol=0, atol=0.15)
     # Heads near the threshold may lie on either side of it, all others lie where the card has them.
-    clear = (expected - heads.SINK).abs() > 0.12
+    clear = (expected - heads.SINK).abs() > 0.15
     assert clear.sum() >= 20
     assert torch.equal(found.sinks[clear], expected[clear] > heads.SINK)
     # Layers 7 and 9, whose windows cost most, have the heads that copy.
     assert found.copy[9, 2] > 0.8
-    assert 0.25 < found.copy[7, 1] < 0.7
+    assert 0.2 < found.copy[7, 1] < 0.7
     assert found.copy[[layer for layer in range(10) if layer not in (7, 9)]].max() < 0.05
 
 

@@ -255,7 +255,7 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
         for figures, text in zip(chosen["second_half"], texts, strict=True)
     )
     unseen = "on tokens that the choice didn't see"
-    if full != wanted:
+    if wanted is not None and full != wanted:
         enough = f"{named(wanted)} alone {'was' if len(wanted) == 1 else 'were'} enough"
         unseen += f"; on those that it saw {enough if wanted else 'none was needed'}"
     if not full:
