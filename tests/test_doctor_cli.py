@@ -12,8 +12,8 @@ from tiny import tiny, tiny_llama
 from attnspan.cli import main
 from attnspan.models import bundled
 
-TEXT = "def window(keys, size):\n    return keys[-size:]\n\n" * 10
-DOCTOR = ["doctor", "model", "--text", "text.txt", "--limit", "128", "--length", "64"]
+TEXT = "def window(keys, size):\n    return keys[-size:]\n\n" * 12
+DOCTOR = ["doctor", "model", "--text", "text.txt", "--limit", "512", "--length", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_report_json_and_picture(here, made, capsys):
     assert "\x1b" not in out
     result = json.loads((here / "out.json").read_text())
     assert result["meta"]["command"] == "doctor"
-    assert result["meta"]["scored"] == [128]
+    assert result["meta"]["scored"] == [512]
     assert result.keys() == {
         "meta",
         "config",
@@ -72,6 +72,7 @@ def test_report_json_and_picture(here, made, capsys):
         "windows",
         "layers",
         "suggestion",
+        "tested",
         "skipped",
         "verdicts",
     }
@@ -108,10 +109,10 @@ BAD = {
     "text is a folder": ([*DOCTOR, "--text", "model"], "text model: Is a directory"),
     "short text": (
         [*DOCTOR, "--text", "little.txt"],
-        "text little.txt: it has 101 tokens; 192 or more are needed",
+        "text little.txt: it has 101 tokens; 576 or more are needed",
     ),
     "text in another code": ([*DOCTOR, "--text", "latin.txt"], "byte 3 is not valid UTF-8"),
-    "limit": ([*DOCTOR, "--limit", "5"], "limit is 5; a whole number of at least 128 is allowed"),
+    "limit": ([*DOCTOR, "--limit", "5"], "limit is 5; a whole number of at least 512 is allowed"),
     "limit in words": ([*DOCTOR, "--limit", "x"], "Invalid value for '--limit'"),
     "length": ([*DOCTOR, "--length", "65"], "length is 65; the model was trained for 64 tokens"),
     "trained for too little": (["doctor", "short"], "length is 32; a whole number of at least 64"),

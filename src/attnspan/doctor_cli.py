@@ -21,7 +21,10 @@ from attnspan import options
     "with attnspan.",
 )
 @click.option(
-    "--limit", type=options.Count(1), default=4096, help="Score at most so many tokens of each."
+    "--limit",
+    type=options.Count(1),
+    default=8192,
+    help="Score at most so many tokens of each: half to choose by, half to hold it against.",
 )
 @click.option(
     "--length",

@@ -9,8 +9,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import attnspan as span
 from attnspan.evaluation import reach
-from attnspan.evaluation.reach import bound, changed, gradient, held, measure
+from attnspan.evaluation.influence import held
+from attnspan.evaluation.reach import changed, gradient, measure
 from attnspan.models import attach
+from attnspan.planner.reach import bound
 
 IDS = random_ids(96, 2)
 FOUR_OF_12 = 44  # 4 layers, each 11 tokens on
@@ -150,6 +152,12 @@ def test_batches_don_t_change_the_figures(llama, monkeypatch):
     monkeypatch.setattr(reach, "_CPU_TOKENS", 96)
     single = measure(llama, IDS, places=5, replaced=5)
     assert single.changes.mean == pytest.approx(whole.changes.mean, rel=1e-2, abs=1e-7)
+
+
+def test_the_bound_is_one_function():
+    assert reach.bound is bound
+    with pytest.raises(AttributeError, match="no attribute 'limit'"):
+        _ = reach.limit
 
 
 def test_held_and_its_share():

@@ -9,7 +9,8 @@ from tiny import random_ids, tiny, tiny_llama
 from transformers import AutoTokenizer
 
 from attnspan.evaluation import layers, shrink
-from attnspan.evaluation.shrink import Ledger, Paired, Passage, best, paired, perplexity, streamed
+from attnspan.evaluation.intervals import Paired
+from attnspan.evaluation.shrink import Ledger, Passage, best, perplexity, streamed
 from attnspan.models import attach, bundled
 from attnspan.policies import KeepAll, PerLayer, SinkWindow, Window
 
@@ -68,28 +69,32 @@ def test_a_ledger_measures_once(monkeypatch):
     row = ledger.row(Window(8))
     assert row["policy"] == "window:8"
     assert row["texts"][0]["perplexity"] == pytest.approx(perplexity(first[0]))
-    assert ledger.against(Window(8), Window(8))[0] == Paired(1.0, 1.0, 1.0)
+    assert ledger.against(Window(8), Window(8))[0].ratio == 1.0
 
 
-def test_intervals_are_of_blocks():
-    gaps = torch.randn(1024, generator=torch.Generator().manual_seed(0)).double()
-    got = paired(gaps.tolist(), [0.0] * 1024)
-    means = gaps.view(16, 64).mean(1)
-    error = 2 * float(means.std()) / 4
-    mean = float(gaps.mean())
-    assert got.ratio == pytest.approx(math.exp(mean))
-    assert got.low == pytest.approx(math.exp(mean - error))
-    assert got.high == pytest.approx(math.exp(mean + error))
-    # Neighbours that go together: an interval of single tokens would be far too narrow.
-    runs = gaps[:16].repeat_interleave(64)
-    wide = paired(runs.tolist(), [0.0] * 1024)
-    single = 2 * float(runs.std()) / 32
-    assert math.log(wide.high) - math.log(wide.ratio) > 4 * single
-
-
-def test_too_few_tokens_tell_nothing():
-    assert paired([1.0], [0.0]).low == 0.0
-    assert paired([1.0], [0.0]).high > 1e300
+@pytest.mark.parametrize("bos", [True, False])
+def test_halves_are_of_what_was_measured(bos):
+    """Each half's figures, taken over or measured anew, are those of a ledger of that half."""
+    model = tiny("llama")
+    passages = [Passage("a", IDS[:60], 32, bos), Passage("b", IDS[20:95], 32, bos)]
+    ledger = Ledger(model, passages)
+    ledger.nlls(Window(8))
+    first, second = ledger.halves()
+    assert [each.scored for each in first.passages] == [14, 21]
+    assert [each.scored for each in second.passages] == [14, 22]
+    for policy in (Window(8), SinkWindow(2, 6)):
+        whole = ledger.nlls(policy)
+        for i, half in enumerate((14, 21)):
+            assert first.nlls(policy)[i] == pytest.approx(whole[i][:half], abs=4e-5)
+            assert second.nlls(policy)[i] == pytest.approx(whole[i][half:], abs=4e-5)
+    for i, half in enumerate((14, 21)):
+        assert [*first.best[i], *second.best[i]] == ledger.best[i]
+        assert len(first.best[i]) == half
+    # The first half feeds nothing of the second, so it can't have seen it.
+    assert all(
+        early.ids == whole.ids[: early.length + early.scored]
+        for early, whole in zip(first.passages, passages, strict=True)
+    )
 
 
 def test_frequencies_are_the_best_blind_guess():
@@ -146,14 +151,14 @@ LARGE, SMALL = Window(64), Window(8)
 def test_the_search_finds_the_layers_that_cost(costs, windows, full):
     ledger = Scripted(costs)
     found = layers.search(ledger, windows or [None] * len(costs), LARGE, SMALL, 1.02)
-    assert found.full_layers == full
+    assert found.full_layers(found.chosen) == full
     assert found.chosen in dict(found.tried)  # what is reported was measured
+    assert found.kept is None  # nothing is shown before other tokens were asked
     allowed = [i for i, _ in enumerate(costs) if not windows or windows[i] is None]
     assert sorted(layer for group in found.groups for layer in group) == allowed
     for some, pairs in found.tried:
-        policy = layers.assigned(len(costs), found.groups, some, LARGE, SMALL)
-        uniform = {frozenset(): LARGE, frozenset(range(len(found.groups))): SMALL}
-        assert policy in ledger.asked or (not windows and uniform[some] in ledger.asked)
+        policy = found.policy(some)
+        assert policy in ledger.asked
         assert pairs[0].ratio == pytest.approx(ledger.against_best(policy)[0].ratio)
 
 
@@ -161,7 +166,7 @@ def test_losses_that_add_up_are_measured_together():
     """Each of these is cheap alone; two of them together are not."""
     ledger = Scripted([0.001] * 4, pairs=[((0, 1), 0.5)])
     found = layers.search(ledger, [None] * 4, LARGE, SMALL, 1.02)
-    assert not {0, 1} <= set(range(4)) - set(found.full_layers)
+    assert not {0, 1} <= set(range(4)) - set(found.full_layers(found.chosen))
 
 
 def test_nothing_is_chosen_where_all_layers_full_are_too_much():
@@ -171,7 +176,28 @@ def test_nothing_is_chosen_where_all_layers_full_are_too_much():
 
     found = layers.search(Poor([0.0] * 3), [None] * 3, LARGE, SMALL, 1.02)
     assert found.chosen is None
-    assert found.as_dict()["full_layers"] is None
+    assert found.as_dict()["full_layers"] is None is found.as_dict()["chosen"]
+    assert layers.confirm(found, Scripted([0.0] * 3), 1.02).kept is None
+
+
+@pytest.mark.parametrize(
+    ("costs", "full", "asked"),
+    [
+        ([0.001] * 4 + [0.5], [4], 4),  # the same on both halves
+        ([0.001, 0.001, 0.05, 0.001, 0.5], [2, 3, 4], 3),  # layer 2 costs more on the second
+        ([0.05, 0.001, 0.001, 0.001, 0.5], [0, 1, 2, 3, 4], 2),
+    ],
+)
+def test_what_was_chosen_is_held_against_other_tokens(costs, full, asked):
+    """From the set that drops least on; where one fails, what was asked before it is kept."""
+    found = layers.search(Scripted([0.001] * 4 + [0.5]), [None] * 5, LARGE, SMALL, 1.02)
+    assert found.full_layers(found.chosen) == [4]
+    assert sorted(len(some) for some, _ in found.tried) == [0, 2, 3, 4, 5]
+    other = Scripted(costs)
+    held = layers.confirm(found, other, 1.02)
+    assert held.as_dict()["full_layers"] == full
+    assert held.as_dict()["chosen"] == [4]
+    assert len(other.asked) == len(held.second) == asked
 
 
 def test_deep_models_are_grouped():
@@ -181,7 +207,7 @@ def test_deep_models_are_grouped():
     assert {len(group) for group in groups} == {6, 7}
     ledger = Scripted([0.0] * 79 + [0.5])
     found = layers.search(ledger, [None] * 80, LARGE, SMALL, 1.02)
-    assert found.full_layers == list(groups[-1])
+    assert found.full_layers(found.chosen) == list(groups[-1])
     assert len(ledger.asked) <= layers.MOST_GROUPS + 6
 
 
@@ -190,8 +216,8 @@ def test_the_search_on_a_real_model():
     model = tiny_llama(num_hidden_layers=3)
     ledger = Ledger(model, [Passage("a", IDS[:100], 48, True)])
     large, small = SinkWindow(2, 46), SinkWindow(2, 6)
-    found = layers.search(ledger, [None] * 3, large, small, 1e9)
-    assert found.full_layers == []
+    found = layers.search(ledger, [None] * 3, large, small, math.inf)
+    assert found.full_layers(found.chosen) == []
     assert found.tried[1][1][0] == ledger.against_best(small)[0]
     one = PerLayer((small, large, large))
     assert found.alone[0][0] == ledger.against(one, large)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnspan.evaluation.display import printable, size
@@ -49,21 +49,40 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _suggestion(result: Mapping[str, Any]) -> Iterator[str]:
-    found = result["suggestion"]
+    found, tested = result["suggestion"], result["tested"]
+    halves = (
+        f"chosen on the first {_counts(result['meta']['chosen_on'])} scored tokens, and the loss "
+        "is that on the rest, which no choice saw"
+    )
     if found is None:
-        yield "No policy is suggested: none that was measured is shown to be within the tolerance."
-        return
-    losses = ", ".join(f"{loss(each['over_best'])} on {each['text']}" for each in found["texts"])
-    ours, all_of_it = (
-        f"{size(found[name])} at {found['tokens']:,} tokens and {size(found[name + '_far'])} at "
-        f"{found['tokens_far']:,}"
-        for name in ("bytes", "keep_all_bytes")
-    )
-    yield "Suggested, the fewest bytes of all that was measured within the tolerance:"
-    yield f"  --policy '{found['policy']}'"
-    yield (
-        f"  {losses}; it holds {ours}, keep-all {all_of_it}, in {result['meta']['model']['dtype']}"
-    )
+        yield (
+            "No policy is suggested: none that was measured is shown to be within the tolerance"
+            + (f", {halves}." if tested else ".")
+        )
+    else:
+        losses = ", ".join(
+            f"{loss(each['over_best'])} on {each['text']}" for each in found["texts"]
+        )
+        before = ", ".join(loss(each["first_half"]) for each in found["texts"])
+        ours, all_of_it = (
+            f"{size(found[name])} at {found['tokens']:,} tokens and {size(found[name + '_far'])} "
+            f"at {found['tokens_far']:,}"
+            for name in ("bytes", "keep_all_bytes")
+        )
+        dtype = result["meta"]["model"]["dtype"]
+        yield f"Suggested, the fewest bytes of what held within the tolerance ({halves}):"
+        yield f"  --policy '{found['policy']}'"
+        yield printable(f"  {losses}; where it was chosen {before}")
+        yield f"  it holds {ours}, keep-all {all_of_it}, in {dtype}"
+    for each in tested or ():
+        if each["holds"] is False:
+            failed = ", ".join(map(loss, each["second_half"]))
+            yield f"  not {each['policy']}: chosen as well, but on the rest {failed}"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    """As people read them, said once where all are the same."""
+    return " and ".join(f"{count:,}" for count in (counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _windows(curve: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,10 @@ class Search:
             that with none.
         tried: sets of groups under `small` that were measured, and over the best what they gave.
         chosen: the largest of these within the demand; None: not even the empty one is.
+        layers: how many the model has.
+        second: sets that were held against tokens which had no part in the choice, in that order,
+            and what they gave there.
+        kept: the last of these that is within the demand there; None: not even the first is.
     """
 
     large: Policy
@@ -34,26 +38,41 @@ class Search:
     alone: tuple[tuple[Paired, ...], ...]
     tried: tuple[tuple[frozenset[int], tuple[Paired, ...]], ...]
     chosen: frozenset[int] | None
+    layers: int
+    second: tuple[tuple[frozenset[int], tuple[Paired, ...]], ...] = ()
+    kept: frozenset[int] | None = None
 
-    @property
-    def full_layers(self) -> list[int]:
-        """Layers that keep all in what was chosen."""
-        chosen = self.chosen or frozenset()
+    def policy(self, some: frozenset[int]) -> Policy | PerLayer:
+        """That of the set `some` under `small`."""
+        return assigned(self.layers, self.groups, some, self.large, self.small)
+
+    def full_layers(self, some: frozenset[int]) -> list[int]:
+        """Layers that keep all where the set `some` doesn't."""
         return sorted(
-            layer for i, group in enumerate(self.groups) if i not in chosen for layer in group
+            layer for i, group in enumerate(self.groups) if i not in some for layer in group
         )
 
     def as_dict(self) -> dict[str, Any]:
+        held = dict(self.second)
+
+        def listed(pairs: Sequence[Paired]) -> list[dict[str, float]]:
+            return [each.as_dict() for each in pairs]
+
         return {
             "large": str(self.large),
             "small": str(self.small),
             "groups": [list(group) for group in self.groups],
-            "alone": [[each.as_dict() for each in pairs] for pairs in self.alone],
+            "alone": [listed(pairs) for pairs in self.alone],
             "tried": [
-                {"small_groups": sorted(some), "over_best": [each.as_dict() for each in pairs]}
+                {
+                    "small_groups": sorted(some),
+                    "over_best": listed(pairs),
+                    "second_half": listed(held[some]) if some in held else None,
+                }
                 for some, pairs in self.tried
             ],
-            "full_layers": None if self.chosen is None else self.full_layers,
+            "chosen": None if self.chosen is None else self.full_layers(self.chosen),
+            "full_layers": None if self.kept is None else self.full_layers(self.kept),
         }
 
 
@@ -70,9 +89,12 @@ def grouped(layers: Sequence[int], most: int = MOST_GROUPS) -> tuple[tuple[int, 
 
 def assigned(
     count: int, groups: Sequence[Sequence[int]], some: frozenset[int], large: Policy, small: Policy
-) -> PerLayer:
+) -> Policy | PerLayer:
     """`small` for the layers of the groups `some`, `large` for all others."""
     reduced = {layer for i in some for layer in groups[i]}
+    if len(reduced) in (0, count):
+        # The same for all layers has been measured under its own name.
+        return small if reduced else large
     return PerLayer(tuple(small if layer in reduced else large for layer in range(count)))
 
 
@@ -101,25 +123,15 @@ def search(
 
     def over_best(some: frozenset[int]) -> tuple[Paired, ...]:
         if some not in tried:
-            # The same for all layers has been measured under its own name.
-            everything = len(some) in (0, len(groups)) and not hybrid
-            policy: Policy | PerLayer = assigned(count, groups, some, large, small)
-            if everything:
-                policy = small if some else large
-            tried[some] = tuple(ledger.against_best(policy))
+            tried[some] = tuple(ledger.against_best(assigned(count, groups, some, large, small)))
         return tried[some]
 
     def within(some: frozenset[int]) -> bool:
         return all(pair.high <= demand for pair in over_best(some))
 
     tried: dict[frozenset[int], tuple[Paired, ...]] = {}
-    nothing = assigned(count, groups, frozenset(), large, small) if hybrid else large
     alone = tuple(
-        tuple(
-            ledger.against(assigned(count, groups, frozenset({i}), large, small), nothing)
-            if len(groups) > 1 or hybrid
-            else ledger.against(small, large)
-        )
+        tuple(ledger.against(assigned(count, groups, frozenset({i}), large, small), large))
         for i in range(len(groups))
     )
     order = sorted(range(len(groups)), key=lambda i: max(pair.ratio for pair in alone[i]))
@@ -138,4 +150,28 @@ def search(
             else:
                 bad = middle
         chosen = frozenset(order[:good])
-    return Search(large, small, groups, alone, tuple(tried.items()), chosen)
+    return Search(large, small, groups, alone, tuple(tried.items()), chosen, count)
+
+
+def confirm(found: Search, ledger: Ledger, demand: float) -> Search:
+    """What was found, held against tokens that it wasn't chosen on.
+
+    The sets that were within the demand are nested. They are asked about from the smallest, which
+    drops least, up to the one that was chosen, and the first that isn't within the demand ends it:
+    so the last before it is taken at the level of a single test (see `choice`).
+
+    Args:
+        found: of `search`.
+        ledger: of other tokens than those of the search.
+        demand: as there.
+    """
+    second: dict[frozenset[int], tuple[Paired, ...]] = {}
+    kept = None
+    for some, pairs in sorted(found.tried, key=lambda each: len(each[0])):
+        if not all(pair.high <= demand for pair in pairs):
+            continue
+        second[some] = tuple(ledger.against_best(found.policy(some)))
+        if not all(pair.high <= demand for pair in second[some]):
+            break
+        kept = some
+    return replace(found, second=tuple(second.items()), kept=kept)

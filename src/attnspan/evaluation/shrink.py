@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from attnspan.evaluation.intervals import Paired, bounded_exp, paired
 from attnspan.evaluation.loop import CHUNK, Stream, run
 from attnspan.evaluation.score import token_nll
 from attnspan.evaluation.text import TextReader
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from attnspan.policies import PerLayer, Policy
-
-BLOCKS = 16
-"""Runs of tokens whose means give the standard error: neighbours' losses go together, so single
-tokens would make it look smaller than it is. A run has 64 tokens where there are enough."""
-
-ERRORS = 2.0
-"""Standard errors on either side of an interval: about 95 %."""
 
 STRIDE = 4
 """The best takes steps of a quarter of the length: each token has three quarters of it before it
@@ -160,50 +154,8 @@ def _check(nlls: Sequence[float]) -> None:
         raise ArithmeticError("the nll of a fresh forward is not finite: the model is broken")
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Perplexity over another's of the same tokens, and the interval that it lies in.
-
-    Attributes:
-        ratio: exp of the mean difference of nll.
-        low: exp of the mean less `ERRORS` standard errors, by blocks.
-        high: the same, more.
-    """
-
-    ratio: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {"ratio": self.ratio, "low": self.low, "high": self.high}
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """Two lists of nll of the same tokens, in nats.
-
-    >>> paired([1.0, 1.5] * 64, [0.5, 1.0] * 64).ratio == math.exp(0.5)
-    True
-    """
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = math.fsum(gaps) / len(gaps)
-    size = max(1, min(64, len(gaps) // BLOCKS))
-    # A shorter last block would count as much as a whole one.
-    means = [math.fsum(gaps[i : i + size]) / size for i in range(0, len(gaps) - size + 1, size)]
-    if len(means) < 2:
-        return Paired(_exp(mean), 0.0, _exp(math.inf))
-    middle = math.fsum(means) / len(means)
-    variance = math.fsum((m - middle) ** 2 for m in means) / (len(means) - 1)
-    error = ERRORS * math.sqrt(variance / len(means))
-    return Paired(_exp(mean), _exp(mean - error), _exp(mean + error))
-
-
 def perplexity(nlls: Sequence[float]) -> float:
-    return _exp(math.fsum(nlls) / len(nlls))
-
-
-def _exp(value: float) -> float:
-    """At most about the largest float, so that JSON can hold it."""
-    return math.exp(min(value, 709.0))
+    return bounded_exp(math.fsum(nlls) / len(nlls))
 
 
 def frequency_nll(passages: Sequence[Passage]) -> list[float]:
@@ -229,6 +181,8 @@ class Ledger:
         model: not attached.
         passages: the same for all policies.
         told: is called with each step taken.
+        reference: the nll of each passage's scored tokens that others are held against; None
+            measures what `best` gives.
     """
 
     def __init__(
@@ -236,9 +190,10 @@ class Ledger:
         model: PreTrainedModel,
         passages: Sequence[Passage],
         told: Callable[[int], None] = lambda count: None,
+        reference: list[list[float]] | None = None,
     ) -> None:
         self.model, self.passages, self.told = model, tuple(passages), told
-        self.best = best(model, self.passages, told)
+        self.best = best(model, self.passages, told) if reference is None else reference
         self._found: dict[Any, list[list[float]]] = {}
 
     def nlls(self, policy: Policy | PerLayer) -> list[list[float]]:
@@ -248,6 +203,29 @@ class Ledger:
                     self.model, policy, self.passages, lambda: self.told(1)
                 )
         return self._found[policy]
+
+    def halves(self) -> tuple[Ledger, Ledger]:
+        """The first half of each passage's scored tokens, and the second, with what is measured.
+
+        The first feeds no more tokens than those up to its own last, the second all of them.
+        """
+        middle = [passage.scored // 2 for passage in self.passages]
+        early, late = [], []
+        for passage, half in zip(self.passages, middle, strict=True):
+            stop = passage.length + half
+            early.append(replace(passage, ids=passage.ids[:stop]))
+            late.append(replace(passage, length=stop))
+
+        def parts(nlls: list[list[float]]) -> tuple[list[list[float]], list[list[float]]]:
+            each = list(zip(nlls, middle, strict=True))
+            return [a[:half] for a, half in each], [a[half:] for a, half in each]
+
+        best_parts = parts(self.best)
+        first = Ledger(self.model, early, reference=best_parts[0])
+        second = Ledger(self.model, late, reference=best_parts[1])
+        for policy, nlls in self._found.items():
+            first._found[policy], second._found[policy] = parts(nlls)
+        return first, second
 
     def against_best(self, policy: Policy | PerLayer) -> list[Paired]:
         """For each passage, the policy's perplexity over the best."""

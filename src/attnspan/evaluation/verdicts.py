@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnspan.evaluation.heads import SINK
-from attnspan.evaluation.reach import SHARES
+from attnspan.evaluation.influence import SHARES
 
 TOLERANCE = 0.02
 """Loss of perplexity that is allowed. Two per cent is about what int8 keys and values, or another
@@ -43,7 +43,14 @@ def sinks_needed(curve: Mapping[str, Any]) -> bool:
 
 
 def safe_from(curve: Mapping[str, Any], key: str) -> int | None:
-    """The smallest size from which on all larger ones are within the tolerance."""
+    """The smallest size from which on all larger ones are within the tolerance.
+
+    It is told from all scored tokens, and needs none that had no part in the choice: the order of
+    the sizes is fixed before anything is measured, and the first that fails ends it. To name one
+    that loses more than the tolerance, the largest of those that do must pass, so the chance of it
+    is that of a single test, however many sizes there are (a fixed sequence of tests, see
+    `choice`). Windows and sinks + window are two such sequences, each with its own chance.
+    """
     found = None
     for row in counted(curve):
         if row[key] is None or not row[key]["within"]:
@@ -184,16 +191,13 @@ def _sinks(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _enough(curve: Mapping[str, Any]) -> int | None:
-    """The fewest sinks whose perplexity is within the tolerance of that of all of them."""
-    rows = curve["fewer_sinks"]
-    if not rows:
-        return None
-    whole = [text["perplexity"] for text in rows[-1]["texts"]]
-    for row in rows:
-        ours = [text["perplexity"] for text in row["texts"]]
-        if all(a <= b * (1 + TOLERANCE) for a, b in zip(ours, whole, strict=True)):
-            return row["sinks"]
-    return None
+    """The fewest sinks shown to be within the tolerance of all of them, and any more as well."""
+    found = None
+    for row in sorted(curve["fewer_sinks"], key=lambda row: -row["sinks"]):
+        if not all(within(each) for each in row["over_all_sinks"]):
+            break
+        found = row["sinks"]
+    return found
 
 
 def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,14 +222,21 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
             "which layers need to see all was not measured: "
             + "; ".join(each for each in result["skipped"] if each.startswith("layers")),
         )
-    if found["full_layers"] is None:
+    full, wanted = found["full_layers"], found["chosen"]
+    if full is None and wanted is not None:
+        return _one(
+            "layers",
+            "unknown",
+            f"no layer is shown to do without seeing all: {found['large']} in all of them is "
+            "within the tolerance on the first half of the scored tokens, but not on the second",
+        )
+    if full is None:
         return _one(
             "layers",
             "unknown",
             f"no layer can be told apart: with {found['large']} in all "
             "of them the loss is not within the tolerance already",
         )
-    full = found["full_layers"]
     chosen = next(
         each
         for each in found["tried"]
@@ -241,10 +252,24 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
     total = sum(map(len, found["groups"]))
     cost = ", ".join(
         f"{loss(figures)} on {text}"
-        for figures, text in zip(chosen["over_best"], texts, strict=True)
+        for figures, text in zip(chosen["second_half"], texts, strict=True)
     )
+    unseen = "on tokens that the choice didn't see"
+    if wanted is not None and full != wanted:
+        enough = f"{named(wanted)} alone {'was' if len(wanted) == 1 else 'were'} enough"
+        unseen += f"; on those that it saw {enough if wanted else 'none was needed'}"
     if not full:
-        return _one("layers", "none", f"needs no layer full: all do with {found['small']}, {cost}")
+        return _one(
+            "layers",
+            "none",
+            f"needs no layer full: all do with {found['small']}, {cost}, {unseen}",
+        )
+    if len(full) == total and full != wanted:
+        return _one(
+            "layers",
+            "all",
+            f"needs all {total} layers full ({found['large']}), as far as can be told {unseen}",
+        )
     if len(full) == total:
         cheapest = min(max(each["ratio"] for each in pairs) for pairs in found["alone"])
         return _one(
@@ -267,7 +292,7 @@ def _layers(result: Mapping[str, Any]) -> dict[str, Any]:
         "layers",
         "some",
         f"needs {named(full)} full ({found['large']}), {len(full)} of {total}: alone under "
-        f"{found['small']} {alone}; with the others under it {cost}",
+        f"{found['small']} {alone}; with the others under it {cost}, {unseen}",
     )
 
 
