@@ -70,15 +70,15 @@ def verify(
             from attnspan.models.loading import load, made_up
 
             loaded = made_up(model, device) if random else load(model, device)[0]
-        with bar.waiting("running"):
-            result = evaluation.verify(
-                loaded,
-                context=length,
-                policies=policies,
-                storages=storages,
-                batch=batch,
-                chunk=chunk,
-            )
+        result = evaluation.verify(
+            loaded,
+            context=length,
+            policies=policies,
+            storages=storages,
+            batch=batch,
+            chunk=chunk,
+            report=bar.show,
+        )
     result["meta"] = {"model": model, **result["meta"], **_versions()}
     options.give(result, json, lambda: click.echo(_table(result)))
 

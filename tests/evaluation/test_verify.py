@@ -71,14 +71,63 @@ def test_what_cannot_run_is_told() -> None:
     assert "trained with a sliding window of 128" in narrow["refused"][0]
 
 
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("something was run, or allocated")
+
+
 def test_what_would_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_free", lambda device: 1_000_000)
-    found = verify(planned("llama"), context=300)
-    assert [line.split(":")[0] for line in found["refused"]] == [
+    monkeypatch.setattr(module._Run, "_call", never)
+    monkeypatch.setattr(module._Run, "_ids", property(never))
+    found = verify(planned("llama"), context=300, policies=POLICIES, storages=[Dense(), Int8()])
+    assert [line.split(": ")[0] for line in found["refused"]] == [
         "prefill with sdpa",
         "prefill with eager",
+        "attnspan, keep-all, dense",
+        "attnspan, keep-all, int8",
+        "attnspan, sinks:4+window:60, dense",
+        "attnspan, sinks:4+window:60, int8",
     ]
+    assert all("a smaller batch or a smaller chunk is allowed" in x for x in found["refused"])
     assert [row["what"] for row in found["rows"]] == ["weights"]
+
+
+def test_a_cache_or_the_ids_alone_can_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of 10 tokens takes little; 2,000 tokens' cache is 2 MB, and their ids 16 kB."""
+    free = 2_000_000
+    monkeypatch.setattr(module, "_free", lambda device: free)
+    loaded, sizes = planned("llama"), {"context": 2000, "chunk": 10}
+    wide = verify(loaded, policies=[KeepAll(), SinkWindow(4, 60)], storages=[Dense()], **sizes)
+    refused = [line.split(": ")[0] for line in wide["refused"]]
+    assert refused == ["prefill with sdpa", "prefill with eager", "attnspan, keep-all, dense"]
+    assert wide["meta"]["misses"] == 0
+    # 64 slots and a call of one token: the ids of 2,000 are what doesn't fit.
+    run = module._Run(loaded, module.from_config(loaded.config.to_dict()), 2000, 1, 1)
+    free = 20_000
+    assert run._short(0) == ""
+    free = 19_999
+    assert run._short(0).startswith("16000 bytes are planned and 19999 are free here")
+
+
+def test_a_family_without_sdpa_is_no_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caches are filled by eager attention, which must fit."""
+    monkeypatch.setattr(module, "_free", lambda device: 1_000_000)
+    monkeypatch.setattr(module._Run, "_call", never)
+    found = verify(planned("gpt_oss"), context=300)
+    assert [row["what"] for row in found["rows"]] == ["weights"]
+    assert "bytes are planned" in found["refused"][1]
+
+
+def test_each_run_is_reported() -> None:
+    told: list[tuple[int, int | None, str]] = []
+    verify(
+        planned("llama"),
+        context=8,
+        policies=POLICIES,
+        storages=[Dense(), Int8()],
+        report=lambda at: told.append((at.done, at.total, at.unit)),
+    )
+    assert told == [(done, 6, "runs") for done in range(7)]
 
 
 def test_a_plan_that_is_a_byte_off_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from attnspan.cache import Storage
+from attnspan.evaluation.loop import Progress
 from attnspan.models import Cache, attach
 from attnspan.models.interface import Refused
-from attnspan.planner.activations import prefill_peak
+from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
 from attnspan.planner.engines import cache_bytes
 from attnspan.planner.spec import ModelSpec
@@ -74,6 +75,7 @@ def verify(
     storages: Sequence[Storage] = (),
     batch: int = 1,
     chunk: int | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over one token again and again, and holds what it allocates against the plan.
 
@@ -88,9 +90,11 @@ def verify(
         policies: of `attnspan.Cache`, each in every one of `storages`.
         batch: sequences.
         chunk: tokens that go through the model at once; None: all.
+        report: called before each run, and at the end.
 
     Returns:
-        `{"meta": ..., "rows": [row], "refused": [sentence]}`: what can't be run is no row.
+        `{"meta": ..., "rows": [row], "refused": [sentence]}`: what can't be run, or would take more
+        than the free memory, is no row.
 
     Raises:
         ValueError: a size is wrong, or the planner doesn't know the model.
@@ -102,14 +106,26 @@ def verify(
     spec = from_config(model.config.to_dict())
     _check_device(model.device)
     run = _Run(model, spec, context, batch, chunk)
-    found: list[Row | str] = [run.weights(), *run.prefill(False), *run.prefill(True)]
+    runs = 2 + len(policies) * len(storages)
+    done = iter(range(runs + 1))
+
+    def tell() -> None:
+        if report is not None:
+            report(Progress("verify", next(done), runs, unit="runs"))
+
+    found: list[Row | str] = [run.weights()]
+    for standard in (False, True):
+        tell()
+        found += run.prefill(standard)
     try:
         with attach(model):
             for policy in policies:
                 for storage in storages:
+                    tell()
                     found += run.cache(policy, storage)
     except Refused as error:
         found.append(f"attnspan.Cache: {error}")
+    tell()
     rows = [part for part in found if isinstance(part, Row)]
     meta = {
         "command": "verify",
@@ -162,28 +178,13 @@ class _Run:
     def prefill(self, standard: bool) -> Iterator[Row | str]:
         """The peak, and of sdpa, which comes first, transformers' cache too."""
         name = "eager" if standard else "sdpa"
-        plan = prefill_peak(
-            self.spec,
-            self.context,
-            batch=self.batch,
-            itemsize=self.itemsize,
-            attention="standard" if standard else "flash",
-            engine="transformers",
-            chunk=self.chunk,
-            threads=self.threads,
-        )
-        free = _free(self.model.device)
-        if free is not None and plan.bytes > _FREE * free:
-            yield (
-                f"prefill with {name}: {plan.bytes} bytes are planned and {free} are free here; a "
-                "shorter context or a smaller chunk is allowed"
-            )
-            return
+        plan, left = self._peak(standard), self._planned(0, self.last)
         with _attention(self.model, name) as lacks:
-            cache, ids = self._dynamic(), self._ids
-            if lacks:
-                yield f"prefill with {name}: {lacks}"
+            why = lacks or self._short(left + plan.bytes)
+            if why:
+                yield f"prefill with {name}: {why}"
             else:
+                cache, ids = self._dynamic(), self._ids
                 if ids.device.type == "cuda":
                     self._call(
                         self._dynamic(), ids[:, :2]
@@ -193,9 +194,51 @@ class _Run:
                 yield Row(f"prefill's peak, {name}", plan.bytes, peak, PEAK, notes)
         if standard:
             return
-        if lacks:  # the cache is the same whatever attends
+        if lacks:  # the cache is the same whatever attends; if it's too much, eager's turn says so
+            if self._short(left + self._peak(True).bytes):
+                return
+            cache = self._dynamic()
             self._feed(cache)
+        elif why:
+            return
         yield from self._caches(cache)
+
+    def _peak(self, standard: bool) -> Peak:
+        return prefill_peak(
+            self.spec,
+            self.context,
+            batch=self.batch,
+            itemsize=self.itemsize,
+            attention="standard" if standard else "flash",
+            engine="transformers",
+            chunk=self.chunk,
+            threads=self.threads,
+        )
+
+    def _own_call(self) -> int:
+        """What the model itself holds in a call of the prefill that `attnspan.Cache` attends.
+
+        No mask is made then, as in a model without windows.
+        """
+        return prefill_peak(
+            replace(self.spec, windows=(None,) * self.spec.layers),
+            self.step,
+            batch=self.batch,
+            itemsize=self.itemsize,
+            engine="transformers",
+            threads=self.threads,
+        ).bytes
+
+    def _short(self, planned: int) -> str:
+        """Why so many bytes, and the tokens' ids, don't fit here; nothing if they do."""
+        planned += self.batch * self.context * torch.long.itemsize
+        free = _free(self.model.device)
+        if free is None or planned <= _FREE * free:
+            return ""
+        return (
+            f"{planned} bytes are planned and {free} are free here; a shorter context, a smaller "
+            "batch or a smaller chunk is allowed"
+        )
 
     def _caches(self, cache: DynamicCache) -> Iterator[Row]:
         prefill = held_bytes(cache)
@@ -234,6 +277,10 @@ class _Run:
                 ).total
                 for tokens in (self.context, self.context + STEPS)
             ]
+            why = self._short(max(planned) + self._own_call())
+            if why:
+                yield f"{name}: {why}"
+                return
             cache = Cache(self.model, policy, storage)
             self._feed(cache)
             measured = [cache.nbytes]
