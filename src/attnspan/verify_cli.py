@@ -77,6 +77,7 @@ def verify(
             storages=storages,
             batch=batch,
             chunk=chunk,
+            model_name=model,
             report=bar.show,
         )
     result["meta"] = {"model": model, **result["meta"], **_versions()}

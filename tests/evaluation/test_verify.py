@@ -102,7 +102,7 @@ def test_a_cache_or_the_ids_alone_can_be_too_much(monkeypatch: pytest.MonkeyPatc
     assert refused == ["prefill with sdpa", "prefill with eager", "attnspan, keep-all, dense"]
     assert wide["meta"]["misses"] == 0
     # 64 slots and a call of one token: the ids of 2,000 are what doesn't fit.
-    run = module._Run(loaded, module.from_config(loaded.config.to_dict()), 2000, 1, 1)
+    run = module._Run(loaded, "llama", module.from_config(loaded.config.to_dict()), 2000, 1, 1)
     free = 20_000
     assert run._short(0) == ""
     free = 19_999
@@ -116,6 +116,30 @@ def test_a_family_without_sdpa_is_no_way_round(monkeypatch: pytest.MonkeyPatch) 
     found = verify(planned("gpt_oss"), context=300)
     assert [row["what"] for row in found["rows"]] == ["weights"]
     assert "bytes are planned" in found["refused"][1]
+
+
+def fails(*_: Any) -> None:
+    raise RuntimeError("mat1 and mat2 cannot be multiplied\nat some line")
+
+
+def test_a_model_whose_forward_fails(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded = planned("llama")
+    loaded.register_forward_pre_hook(fails)
+    monkeypatch.setattr("attnspan.models.loading.load", lambda *_: (loaded, None))
+    assert main(["verify", "mine", "--context", "20"]) == 2
+    printed, errors = capfd.readouterr()
+    assert printed == ""
+    assert errors == ("attnspan: model mine can't be run: mat1 and mat2 cannot be multiplied\n")
+    with pytest.raises(ValueError, match="model LlamaForCausalLM can't be run: mat1"):
+        verify(loaded, context=20)
+
+
+def test_a_failure_of_our_own_cache_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Cache, "update", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        verify(planned("llama"), context=20, policies=[KeepAll()], storages=[Dense()])
 
 
 def test_each_run_is_reported() -> None:

@@ -75,6 +75,7 @@ def verify(
     storages: Sequence[Storage] = (),
     batch: int = 1,
     chunk: int | None = None,
+    model_name: str | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over one token again and again, and holds what it allocates against the plan.
@@ -90,6 +91,7 @@ def verify(
         policies: of `attnspan.Cache`, each in every one of `storages`.
         batch: sequences.
         chunk: tokens that go through the model at once; None: all.
+        model_name: what errors call it; None: its class.
         report: called before each run, and at the end.
 
     Returns:
@@ -97,7 +99,7 @@ def verify(
         than the free memory, is no row.
 
     Raises:
-        ValueError: a size is wrong, or the planner doesn't know the model.
+        ValueError: a size is wrong, the planner doesn't know the model, or its own forward fails.
     """
     sizes = {"context": context, "batch": batch, **({} if chunk is None else {"chunk": chunk})}
     for name, value in sizes.items():
@@ -105,7 +107,7 @@ def verify(
             raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
     spec = from_config(model.config.to_dict())
     _check_device(model.device)
-    run = _Run(model, spec, context, batch, chunk)
+    run = _Run(model, model_name or type(model).__name__, spec, context, batch, chunk)
     runs = 2 + len(policies) * len(storages)
     done = iter(range(runs + 1))
 
@@ -146,6 +148,7 @@ def verify(
 @dataclass(frozen=True)
 class _Run:
     model: Any
+    name: str
     spec: ModelSpec
     context: int
     batch: int
@@ -313,7 +316,13 @@ class _Run:
 
     @torch.no_grad()
     def _call(self, cache: Any, ids: Tensor) -> None:
-        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        try:
+            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        except Exception as error:  # what a model's code raises is as various as that code
+            if isinstance(cache, Cache):  # a failure of ours
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise ValueError(f"model {self.name} can't be run: {reason}") from error
 
 
 def held_bytes(cache: DynamicCache) -> int:
