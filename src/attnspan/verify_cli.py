@@ -110,9 +110,9 @@ def _table(result: dict[str, Any]) -> str:
     for row in rows:
         mark = "  miss" if row["miss"] else ""
         note = f"  {row['note']}" if row["note"] else ""
+        off = "-" if row["off"] is None else f"{row['off']:+.2%}"
         lines.append(
-            f"{row['what']:{wide}} {row['planned']:15,} {row['measured']:15,} "
-            f"{row['off']:+8.2%}{mark}{note}"
+            f"{row['what']:{wide}} {row['planned']:15,} {row['measured']:15,} {off:>8}{mark}{note}"
         )
     lines += [
         "",

@@ -188,14 +188,15 @@ def test_a_peak_that_holds_more_is_a_miss() -> None:
     [
         (Row("a cache", 100, 100), 0.0, False),
         (Row("a cache", 101, 100), 0.01, True),
-        (Row("a cache", 1, 0), 0.0, True),
+        (Row("a cache", 1, 0), None, True),
+        (Row("a cache", 0, 0), 0.0, False),
         (Row("a peak", 109, 100, 0.1), 0.09, False),
         (Row("a peak", 91, 100, 0.1), -0.09, False),
         (Row("a peak", 89, 100, 0.1), -0.11, True),
     ],
 )
-def test_rows(row: Row, off: float, miss: bool) -> None:
-    assert row.off == pytest.approx(off)
+def test_rows(row: Row, off: float | None, miss: bool) -> None:
+    assert row.off == (None if off is None else pytest.approx(off))
     assert row.miss is miss
 
 
@@ -230,6 +231,16 @@ def test_the_bundled_model_and_a_miss(
     assert printed.count("  miss") == 2
     assert "bundled (llama), 64 tokens x 1" in printed
     assert "2 of 8 miss" in printed
+
+
+def test_a_share_of_nothing_is_no_figure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Run, "weights", lambda _: Row("weights", 7, 0))
+    options = ["--context", "8", "--policy", "keep-all", "--storage", "dense", "--device", "cpu"]
+    assert main(["verify", *options]) == 0
+    line = next(x for x in capfd.readouterr().out.splitlines() if x.startswith("weights"))
+    assert line.split() == ["weights", "7", "0", "-", "miss"]
 
 
 BAD: list[tuple[list[str], str]] = [

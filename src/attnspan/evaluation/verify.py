@@ -58,9 +58,11 @@ class Row:
     note: str = ""
 
     @property
-    def off(self) -> float:
-        """The plan less what was measured, as a share of that."""
-        return (self.planned - self.measured) / self.measured if self.measured else 0.0
+    def off(self) -> float | None:
+        """The plan less what was measured, as a share of that; None: of nothing."""
+        if self.planned == self.measured:
+            return 0.0
+        return (self.planned - self.measured) / self.measured if self.measured else None
 
     @property
     def miss(self) -> bool:
