@@ -51,7 +51,15 @@ def test_a_hybrid_model_in_chunks() -> None:
         planned("gemma3"), context=400, chunk=150, policies=[HeavyHitter(16, 16)], storages=[Int8()]
     )
     assert found["meta"]["misses"] == 0
-    assert len(found["rows"]) == 8
+    assert len(found["rows"]) == 10
+    # With the cache as the prefill leaves it, where a sliding layer keeps its last call's slice.
+    of = rows(found)
+    for name in ("sdpa", "eager"):
+        both, peak = of[f"prefill's peak with its cache, {name}"], of[f"prefill's peak, {name}"]
+        cache = of["transformers' cache after prefill"]
+        assert both["planned"] == peak["planned"] + cache["planned"]
+        assert both["measured"] == peak["measured"] + cache["measured"]
+        assert cache["planned"] > of["transformers' cache 3 tokens on"]["planned"]
 
 
 def test_what_cannot_run_is_told() -> None:
@@ -212,13 +220,13 @@ def test_the_command(config: Path, capfd: pytest.CaptureFixture[str], tmp_path: 
     assert main(["verify", str(config), *options, "--device", "cpu", "--json", str(file)]) == 0
     printed, errors = capfd.readouterr()
     assert errors == ""
-    assert "0 of 8 miss: caches and weights must match to the byte, a peak to 10%." in printed
+    assert "0 of 10 miss: caches and weights must match to the byte, a peak to 10%." in printed
     assert "attnspan, window:20, int8: cache after prefill" in printed
     assert "(qwen3), 100 tokens x 1, float32 on cpu" in printed
     written = json.loads(file.read_text())
     assert written["meta"]["command"] == "verify"
     assert written["meta"]["misses"] == 0
-    assert len(written["rows"]) == 8
+    assert len(written["rows"]) == 10
 
 
 def test_the_bundled_model_and_a_miss(
@@ -228,9 +236,9 @@ def test_the_bundled_model_and_a_miss(
     options = ["--context", "64", "--policy", "keep-all", "--storage", "dense", "--device", "cpu"]
     assert main(["verify", *options]) == 0  # a miss is shown, and no error
     printed = capfd.readouterr().out
-    assert printed.count("  miss") == 2
+    assert printed.count("  miss") == 4
     assert "bundled (llama), 64 tokens x 1" in printed
-    assert "2 of 8 miss" in printed
+    assert "4 of 10 miss" in printed
 
 
 def test_a_share_of_nothing_is_no_figure(

@@ -194,9 +194,11 @@ class _Run:
                     self._call(
                         self._dynamic(), ids[:, :2]
                     )  # allots cuBLAS's workspace, which stays
-                peak = peak_bytes(lambda: self._feed(cache), ids.device) - held_bytes(cache)
+                both = peak_bytes(lambda: self._feed(cache), ids.device)
                 notes = " ".join((f"at {plan.phase}.", *plan.notes))
+                peak = both - held_bytes(cache)
                 yield Row(f"prefill's peak, {name}", plan.bytes, peak, PEAK, notes)
+                yield Row(f"prefill's peak with its cache, {name}", left + plan.bytes, both, PEAK)
         if standard:
             return
         if lacks:  # the cache is the same whatever attends; if it's too much, eager's turn says so
