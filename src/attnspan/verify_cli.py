@@ -35,7 +35,9 @@ from attnspan import options
     help="Tokens that go through the model at once; by default all.",
 )
 @click.option(
-    "--random", is_flag=True, help="MODEL is a config.json; its weights are made at random."
+    "--random",
+    is_flag=True,
+    help="MODEL is a config's file or folder, or bundled; its weights are made at random.",
 )
 @options.device
 @options.json_file

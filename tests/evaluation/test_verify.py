@@ -258,7 +258,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--storage", "fp4"], "storage 'fp4' is not known"),
     (["--batch", "0"], "0 is given; a whole number of at least 1 is allowed"),
     (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
-    (["nowhere.json", "--random"], "model nowhere.json: No such file or directory"),
+    (["nowhere.json", "--random"], "model nowhere.json: there is no such file; a config"),
     (["--device", "meta"], "device 'meta' holds no numbers"),
 ]
 
@@ -291,18 +291,36 @@ def test_models_made_up_from_a_config(config: Path, tmp_path: Path) -> None:
     assert not made.training
     named = tmp_path / "other.json"
     named.write_text(config.read_text())
+    for same in (named, tmp_path):
+        other: Any = made_up(same, "cpu")
+        assert other.config.to_diff_dict() == made.config.to_diff_dict()
     given = json.loads(config.read_text())
-    with pytest.raises(ValueError, match=r"a file named config\.json, or its folder, is allowed"):
+    named.write_text(json.dumps({**given, "auto_map": {"AutoModel": "x.Y"}}))
+    with pytest.raises(ValueError, match=r"other\.json asks for remote code \(auto_map\)"):
         made_up(named, "cpu")
     for changes, sentence in (
         ({"hidden_size": 65_536, "intermediate_size": 65_536}, "random weights would take"),
         ({"auto_map": {"AutoModel": "x.Y"}}, r"asks for remote code \(auto_map\)"),
         ({"attn_implementation": "someone/kernel"}, "asks for remote code"),
         ({"hidden_act": "nonsense"}, "the model can't be made"),
+        # Its first line ends in a colon, and the reason follows.
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}},
+            "the model can't be made: .*validator 'validate_rope': TypeError: '<' not supported",
+        ),
     ):
         config.write_text(json.dumps({**given, **changes}))
         with pytest.raises(ValueError, match=sentence):
             made_up(config, "cpu")
+
+
+def test_the_bundled_models_shape_with_random_weights() -> None:
+    from attnspan.models.loading import load
+
+    trained, random = load("bundled", "cpu")[0], made_up("bundled", "cpu")
+    assert random.num_parameters() == trained.num_parameters()
+    one, other = (model.get_input_embeddings().weight for model in (trained, random))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.gpu
