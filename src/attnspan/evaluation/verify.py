@@ -184,12 +184,13 @@ class _Run:
         """The peak, and of sdpa, which comes first, transformers' cache too."""
         name = "eager" if standard else "sdpa"
         plan, left = self._peak(standard), self._planned(0, self.last)
+        cache = self._dynamic()
         with _attention(self.model, name) as lacks:
             why = lacks or self._short(left + plan.bytes)
             if why:
                 yield f"prefill with {name}: {why}"
             else:
-                cache, ids = self._dynamic(), self._ids
+                ids = self._ids
                 if ids.device.type == "cuda":
                     self._call(
                         self._dynamic(), ids[:, :2]
@@ -204,7 +205,6 @@ class _Run:
         if lacks:  # the cache is the same whatever attends; if it's too much, eager's turn says so
             if self._short(left + self._peak(True).bytes):
                 return
-            cache = self._dynamic()
             self._feed(cache)
         elif why:
             return
