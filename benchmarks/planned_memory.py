@@ -118,7 +118,7 @@ def table(found: list[dict[str, Any]]) -> str:
         rows = {row["what"]: row for row in runs[0]["rows"]}
         count = sum(len(run["rows"]) for run in runs)
         missed = [
-            f"{row['what']} {row['off']:+.1%} ({run['meta']['dtype']})"
+            f"{row['what']} {_share(row, 1)} ({run['meta']['dtype']})"
             for run in runs
             for row in run["rows"]
             if row["miss"]
@@ -136,7 +136,11 @@ def _pair(row: dict[str, Any] | None) -> str:
         return "it has none"
     if row["planned"] == row["measured"]:
         return f"{row['planned']:,}"
-    return f"{row['planned']:,} / {row['measured']:,} ({row['off']:+.2%})"
+    return f"{row['planned']:,} / {row['measured']:,} ({_share(row, 2)})"
+
+
+def _share(row: dict[str, Any], digits: int) -> str:
+    return "-" if row["off"] is None else f"{row['off']:+.{digits}%}"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_llama
 
 import attnspan
 from attnspan.cache import snapshot
-from attnspan.cli import main
+from attnspan.cli import app, main
 from attnspan.evaluation import loop
 from attnspan.models import bundled
 
@@ -273,6 +273,32 @@ def test_broken_pipes_are_quiet(here):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() in (0, 1)
+
+
+def test_an_interrupt_is_told(here, capfd, monkeypatch):
+    """A real one, in the midst of a stream that would last minutes."""
+    (here / "long.txt").write_text(TEXT * 4000)
+    command = [*STREAM, "--text", "long.txt", "--save-every", "64", "--save", "saved"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnspan", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not snapshot.exists(here / "saved"):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate()
+    assert printed == ""
+    assert errors.split("\n") == ["", "attnspan: interrupted", ""]
+    assert process.returncode == 130
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "main", interrupt)  # one that click doesn't see
+    assert main(["--version"]) == 130
+    assert capfd.readouterr().err == "attnspan: interrupted\n"
 
 
 def test_killed_and_resumed(here, capsys):

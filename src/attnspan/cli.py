@@ -298,7 +298,7 @@ def demo(out: Path, limit: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; its exit code: 0, 2 for bad input, 1 for a failure.
+    """Runs a command; its exit code: 0, 2 for bad input, 1 for a failure, 130 for an interrupt.
 
     Bad input is one sentence on standard error. A failure that is no one's input shows where it
     happened, as Python does.
@@ -322,8 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(str(error), 2)
     except click.ClickException as error:
         return _end(error.format_message(), 2)
-    except click.Abort:
-        return 1
+    except (click.Abort, KeyboardInterrupt):  # the first is what click makes of the second
+        return _end("interrupted", 130)
     return code if isinstance(code, int) else 0
 
 

@@ -35,7 +35,9 @@ from attnspan import options
     help="Tokens that go through the model at once; by default all.",
 )
 @click.option(
-    "--random", is_flag=True, help="MODEL is a config.json; its weights are made at random."
+    "--random",
+    is_flag=True,
+    help="MODEL is a config's file or folder, or bundled; its weights are made at random.",
 )
 @options.device
 @options.json_file
@@ -70,15 +72,16 @@ def verify(
             from attnspan.models.loading import load, made_up
 
             loaded = made_up(model, device) if random else load(model, device)[0]
-        with bar.waiting("running"):
-            result = evaluation.verify(
-                loaded,
-                context=length,
-                policies=policies,
-                storages=storages,
-                batch=batch,
-                chunk=chunk,
-            )
+        result = evaluation.verify(
+            loaded,
+            context=length,
+            policies=policies,
+            storages=storages,
+            batch=batch,
+            chunk=chunk,
+            model_name=model,
+            report=bar.show,
+        )
     result["meta"] = {"model": model, **result["meta"], **_versions()}
     options.give(result, json, lambda: click.echo(_table(result)))
 
@@ -109,9 +112,9 @@ def _table(result: dict[str, Any]) -> str:
     for row in rows:
         mark = "  miss" if row["miss"] else ""
         note = f"  {row['note']}" if row["note"] else ""
+        off = "-" if row["off"] is None else f"{row['off']:+.2%}"
         lines.append(
-            f"{row['what']:{wide}} {row['planned']:15,} {row['measured']:15,} "
-            f"{row['off']:+8.2%}{mark}{note}"
+            f"{row['what']:{wide}} {row['planned']:15,} {row['measured']:15,} {off:>8}{mark}{note}"
         )
     lines += [
         "",

@@ -51,7 +51,15 @@ def test_a_hybrid_model_in_chunks() -> None:
         planned("gemma3"), context=400, chunk=150, policies=[HeavyHitter(16, 16)], storages=[Int8()]
     )
     assert found["meta"]["misses"] == 0
-    assert len(found["rows"]) == 8
+    assert len(found["rows"]) == 10
+    # With the cache as the prefill leaves it, where a sliding layer keeps its last call's slice.
+    of = rows(found)
+    for name in ("sdpa", "eager"):
+        both, peak = of[f"prefill's peak with its cache, {name}"], of[f"prefill's peak, {name}"]
+        cache = of["transformers' cache after prefill"]
+        assert both["planned"] == peak["planned"] + cache["planned"]
+        assert both["measured"] == peak["measured"] + cache["measured"]
+        assert cache["planned"] > of["transformers' cache 3 tokens on"]["planned"]
 
 
 def test_what_cannot_run_is_told() -> None:
@@ -71,14 +79,89 @@ def test_what_cannot_run_is_told() -> None:
     assert "trained with a sliding window of 128" in narrow["refused"][0]
 
 
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("something was run, or allocated")
+
+
 def test_what_would_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_free", lambda device: 1_000_000)
-    found = verify(planned("llama"), context=300)
-    assert [line.split(":")[0] for line in found["refused"]] == [
+    monkeypatch.setattr(module._Run, "_call", never)
+    monkeypatch.setattr(module._Run, "_ids", property(never))
+    found = verify(planned("llama"), context=300, policies=POLICIES, storages=[Dense(), Int8()])
+    assert [line.split(": ")[0] for line in found["refused"]] == [
         "prefill with sdpa",
         "prefill with eager",
+        "attnspan, keep-all, dense",
+        "attnspan, keep-all, int8",
+        "attnspan, sinks:4+window:60, dense",
+        "attnspan, sinks:4+window:60, int8",
     ]
+    assert all("a smaller batch or a smaller chunk is allowed" in x for x in found["refused"])
     assert [row["what"] for row in found["rows"]] == ["weights"]
+
+
+def test_a_cache_or_the_ids_alone_can_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of 10 tokens takes little; 2,000 tokens' cache is 2 MB, and their ids 16 kB."""
+    free = 2_000_000
+    monkeypatch.setattr(module, "_free", lambda device: free)
+    loaded = planned("llama")
+    wide = verify(
+        loaded, policies=[KeepAll(), SinkWindow(4, 60)], storages=[Dense()], context=2000, chunk=10
+    )
+    refused = [line.split(": ")[0] for line in wide["refused"]]
+    assert refused == ["prefill with sdpa", "prefill with eager", "attnspan, keep-all, dense"]
+    assert wide["meta"]["misses"] == 0
+    # 64 slots and a call of one token: the ids of 2,000 are what doesn't fit.
+    run = module._Run(loaded, "llama", module.from_config(loaded.config.to_dict()), 2000, 1, 1)
+    free = 20_000
+    assert run._short(0) == ""
+    free = 19_999
+    assert run._short(0).startswith("16000 bytes are planned and 19999 are free here")
+
+
+def test_a_family_without_sdpa_is_no_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caches are filled by eager attention, which must fit."""
+    monkeypatch.setattr(module, "_free", lambda device: 1_000_000)
+    monkeypatch.setattr(module._Run, "_call", never)
+    found = verify(planned("gpt_oss"), context=300)
+    assert [row["what"] for row in found["rows"]] == ["weights"]
+    assert "bytes are planned" in found["refused"][1]
+
+
+def fails(*_: Any) -> None:
+    raise RuntimeError("mat1 and mat2 cannot be multiplied\nat some line")
+
+
+def test_a_model_whose_forward_fails(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded = planned("llama")
+    loaded.register_forward_pre_hook(fails)
+    monkeypatch.setattr("attnspan.models.loading.load", lambda *_: (loaded, None))
+    assert main(["verify", "mine", "--context", "20"]) == 2
+    printed, errors = capfd.readouterr()
+    assert printed == ""
+    assert errors == ("attnspan: model mine can't be run: mat1 and mat2 cannot be multiplied\n")
+    with pytest.raises(ValueError, match="model LlamaForCausalLM can't be run: mat1"):
+        verify(loaded, context=20)
+
+
+def test_a_failure_of_our_own_cache_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Cache, "update", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        verify(planned("llama"), context=20, policies=[KeepAll()], storages=[Dense()])
+
+
+def test_each_run_is_reported() -> None:
+    told: list[tuple[int, int | None, str]] = []
+    verify(
+        planned("llama"),
+        context=8,
+        policies=POLICIES,
+        storages=[Dense(), Int8()],
+        report=lambda at: told.append((at.done, at.total, at.unit)),
+    )
+    assert told == [(done, 6, "runs") for done in range(7)]
 
 
 def test_a_plan_that_is_a_byte_off_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,14 +198,15 @@ def test_a_peak_that_holds_more_is_a_miss() -> None:
     [
         (Row("a cache", 100, 100), 0.0, False),
         (Row("a cache", 101, 100), 0.01, True),
-        (Row("a cache", 1, 0), 0.0, True),
+        (Row("a cache", 1, 0), None, True),
+        (Row("a cache", 0, 0), 0.0, False),
         (Row("a peak", 109, 100, 0.1), 0.09, False),
         (Row("a peak", 91, 100, 0.1), -0.09, False),
         (Row("a peak", 89, 100, 0.1), -0.11, True),
     ],
 )
-def test_rows(row: Row, off: float, miss: bool) -> None:
-    assert row.off == pytest.approx(off)
+def test_rows(row: Row, off: float | None, miss: bool) -> None:
+    assert row.off == (None if off is None else pytest.approx(off))
     assert row.miss is miss
 
 
@@ -138,13 +222,13 @@ def test_the_command(config: Path, capfd: pytest.CaptureFixture[str], tmp_path: 
     assert main(["verify", str(config), *options, "--device", "cpu", "--json", str(file)]) == 0
     printed, errors = capfd.readouterr()
     assert errors == ""
-    assert "0 of 8 miss: caches and weights must match to the byte, a peak to 10%." in printed
+    assert "0 of 10 miss: caches and weights must match to the byte, a peak to 10%." in printed
     assert "attnspan, window:20, int8: cache after prefill" in printed
     assert "(qwen3), 100 tokens x 1, float32 on cpu" in printed
     written = json.loads(file.read_text())
     assert written["meta"]["command"] == "verify"
     assert written["meta"]["misses"] == 0
-    assert len(written["rows"]) == 8
+    assert len(written["rows"]) == 10
 
 
 def test_the_bundled_model_and_a_miss(
@@ -154,9 +238,19 @@ def test_the_bundled_model_and_a_miss(
     options = ["--context", "64", "--policy", "keep-all", "--storage", "dense", "--device", "cpu"]
     assert main(["verify", *options]) == 0  # a miss is shown, and no error
     printed = capfd.readouterr().out
-    assert printed.count("  miss") == 2
+    assert printed.count("  miss") == 4
     assert "bundled (llama), 64 tokens x 1" in printed
-    assert "2 of 8 miss" in printed
+    assert "4 of 10 miss" in printed
+
+
+def test_a_share_of_nothing_is_no_figure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module._Run, "weights", lambda _: Row("weights", 7, 0))
+    options = ["--context", "8", "--policy", "keep-all", "--storage", "dense", "--device", "cpu"]
+    assert main(["verify", *options]) == 0
+    line = next(x for x in capfd.readouterr().out.splitlines() if x.startswith("weights"))
+    assert line.split() == ["weights", "7", "0", "-", "miss"]
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -166,7 +260,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--storage", "fp4"], "storage 'fp4' is not known"),
     (["--batch", "0"], "0 is given; a whole number of at least 1 is allowed"),
     (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
-    (["nowhere.json", "--random"], "model nowhere.json: No such file or directory"),
+    (["nowhere.json", "--random"], "model nowhere.json: there is no such file; a config"),
     (["--device", "meta"], "device 'meta' holds no numbers"),
 ]
 
@@ -199,18 +293,36 @@ def test_models_made_up_from_a_config(config: Path, tmp_path: Path) -> None:
     assert not made.training
     named = tmp_path / "other.json"
     named.write_text(config.read_text())
+    for same in (named, tmp_path):
+        other: Any = made_up(same, "cpu")
+        assert other.config.to_diff_dict() == made.config.to_diff_dict()
     given = json.loads(config.read_text())
-    with pytest.raises(ValueError, match=r"a file named config\.json, or its folder, is allowed"):
+    named.write_text(json.dumps({**given, "auto_map": {"AutoModel": "x.Y"}}))
+    with pytest.raises(ValueError, match=r"other\.json asks for remote code \(auto_map\)"):
         made_up(named, "cpu")
     for changes, sentence in (
         ({"hidden_size": 65_536, "intermediate_size": 65_536}, "random weights would take"),
         ({"auto_map": {"AutoModel": "x.Y"}}, r"asks for remote code \(auto_map\)"),
         ({"attn_implementation": "someone/kernel"}, "asks for remote code"),
         ({"hidden_act": "nonsense"}, "the model can't be made"),
+        # Its first line ends in a colon, and the reason follows.
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}},
+            "the model can't be made: .*validator 'validate_rope': TypeError: '<' not supported",
+        ),
     ):
         config.write_text(json.dumps({**given, **changes}))
         with pytest.raises(ValueError, match=sentence):
             made_up(config, "cpu")
+
+
+def test_the_bundled_models_shape_with_random_weights() -> None:
+    from attnspan.models.loading import load
+
+    trained, random = load("bundled", "cpu")[0].state_dict(), made_up("bundled", "cpu").state_dict()
+    assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in random.items()}
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(trained[name], random[name])
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ class Bar:
 
 def _figures(at: loop.Progress) -> str:
     if at.perplexity is None:
-        return f"{at.done:,} of {at.total:,} forwards"
+        return f"{at.done:,} of {at.total:,} {at.unit}"
     return (
         f"{at.done:,} tokens, perplexity {at.perplexity:.4g}, cache {size(at.cache_bytes or 0)}, "
         f"{at.tokens_per_second:,.0f} tokens/s"

@@ -45,6 +45,7 @@ class Progress:
     perplexity: float | None = None
     cache_bytes: int | None = None
     tokens_per_second: float | None = None
+    unit: str = "forwards"  # what is counted where there is no perplexity
 
 
 class Stream:

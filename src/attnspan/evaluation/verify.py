@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from attnspan.cache import Storage
+from attnspan.evaluation.loop import Progress
 from attnspan.models import Cache, attach
 from attnspan.models.interface import Refused
-from attnspan.planner.activations import prefill_peak
+from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
 from attnspan.planner.engines import cache_bytes
 from attnspan.planner.spec import ModelSpec
@@ -57,9 +58,11 @@ class Row:
     note: str = ""
 
     @property
-    def off(self) -> float:
-        """The plan less what was measured, as a share of that."""
-        return (self.planned - self.measured) / self.measured if self.measured else 0.0
+    def off(self) -> float | None:
+        """The plan less what was measured, as a share of that; None: of nothing."""
+        if self.planned == self.measured:
+            return 0.0
+        return (self.planned - self.measured) / self.measured if self.measured else None
 
     @property
     def miss(self) -> bool:
@@ -74,6 +77,8 @@ def verify(
     storages: Sequence[Storage] = (),
     batch: int = 1,
     chunk: int | None = None,
+    model_name: str | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a model over one token again and again, and holds what it allocates against the plan.
 
@@ -88,12 +93,15 @@ def verify(
         policies: of `attnspan.Cache`, each in every one of `storages`.
         batch: sequences.
         chunk: tokens that go through the model at once; None: all.
+        model_name: what errors call it; None: its class.
+        report: called before each run, and at the end.
 
     Returns:
-        `{"meta": ..., "rows": [row], "refused": [sentence]}`: what can't be run is no row.
+        `{"meta": ..., "rows": [row], "refused": [sentence]}`: what can't be run, or would take more
+        than the free memory, is no row.
 
     Raises:
-        ValueError: a size is wrong, or the planner doesn't know the model.
+        ValueError: a size is wrong, the planner doesn't know the model, or its own forward fails.
     """
     sizes = {"context": context, "batch": batch, **({} if chunk is None else {"chunk": chunk})}
     for name, value in sizes.items():
@@ -101,15 +109,27 @@ def verify(
             raise ValueError(f"{name} is {value!r}; a whole number of at least 1 is allowed")
     spec = from_config(model.config.to_dict())
     _check_device(model.device)
-    run = _Run(model, spec, context, batch, chunk)
-    found: list[Row | str] = [run.weights(), *run.prefill(False), *run.prefill(True)]
+    run = _Run(model, model_name or type(model).__name__, spec, context, batch, chunk)
+    runs = 2 + len(policies) * len(storages)
+    done = iter(range(runs + 1))
+
+    def tell() -> None:
+        if report is not None:
+            report(Progress("verify", next(done), runs, unit="runs"))
+
+    found: list[Row | str] = [run.weights()]
+    for standard in (False, True):
+        tell()
+        found += run.prefill(standard)
     try:
         with attach(model):
             for policy in policies:
                 for storage in storages:
+                    tell()
                     found += run.cache(policy, storage)
     except Refused as error:
         found.append(f"attnspan.Cache: {error}")
+    tell()
     rows = [part for part in found if isinstance(part, Row)]
     meta = {
         "command": "verify",
@@ -130,6 +150,7 @@ def verify(
 @dataclass(frozen=True)
 class _Run:
     model: Any
+    name: str
     spec: ModelSpec
     context: int
     batch: int
@@ -162,7 +183,35 @@ class _Run:
     def prefill(self, standard: bool) -> Iterator[Row | str]:
         """The peak, and of sdpa, which comes first, transformers' cache too."""
         name = "eager" if standard else "sdpa"
-        plan = prefill_peak(
+        plan, left = self._peak(standard), self._planned(0, self.last)
+        cache = self._dynamic()
+        with _attention(self.model, name) as lacks:
+            why = lacks or self._short(left + plan.bytes)
+            if why:
+                yield f"prefill with {name}: {why}"
+            else:
+                ids = self._ids
+                if ids.device.type == "cuda":
+                    self._call(
+                        self._dynamic(), ids[:, :2]
+                    )  # allots cuBLAS's workspace, which stays
+                both = peak_bytes(lambda: self._feed(cache), ids.device)
+                notes = " ".join((f"at {plan.phase}.", *plan.notes))
+                peak = both - held_bytes(cache)
+                yield Row(f"prefill's peak, {name}", plan.bytes, peak, PEAK, notes)
+                yield Row(f"prefill's peak with its cache, {name}", left + plan.bytes, both, PEAK)
+        if standard:
+            return
+        if lacks:  # the cache is the same whatever attends; if it's too much, eager's turn says so
+            if self._short(left + self._peak(True).bytes):
+                return
+            self._feed(cache)
+        elif why:
+            return
+        yield from self._caches(cache)
+
+    def _peak(self, standard: bool) -> Peak:
+        return prefill_peak(
             self.spec,
             self.context,
             batch=self.batch,
@@ -172,30 +221,31 @@ class _Run:
             chunk=self.chunk,
             threads=self.threads,
         )
+
+    def _own_call(self) -> int:
+        """What the model itself holds in a call of the prefill that `attnspan.Cache` attends.
+
+        No mask is made then, as in a model without windows.
+        """
+        return prefill_peak(
+            replace(self.spec, windows=(None,) * self.spec.layers),
+            self.step,
+            batch=self.batch,
+            itemsize=self.itemsize,
+            engine="transformers",
+            threads=self.threads,
+        ).bytes
+
+    def _short(self, planned: int) -> str:
+        """Why so many bytes, and the tokens' ids, don't fit here; nothing if they do."""
+        planned += self.batch * self.context * torch.long.itemsize
         free = _free(self.model.device)
-        if free is not None and plan.bytes > _FREE * free:
-            yield (
-                f"prefill with {name}: {plan.bytes} bytes are planned and {free} are free here; a "
-                "shorter context or a smaller chunk is allowed"
-            )
-            return
-        with _attention(self.model, name) as lacks:
-            cache, ids = self._dynamic(), self._ids
-            if lacks:
-                yield f"prefill with {name}: {lacks}"
-            else:
-                if ids.device.type == "cuda":
-                    self._call(
-                        self._dynamic(), ids[:, :2]
-                    )  # allots cuBLAS's workspace, which stays
-                peak = peak_bytes(lambda: self._feed(cache), ids.device) - held_bytes(cache)
-                notes = " ".join((f"at {plan.phase}.", *plan.notes))
-                yield Row(f"prefill's peak, {name}", plan.bytes, peak, PEAK, notes)
-        if standard:
-            return
-        if lacks:  # the cache is the same whatever attends
-            self._feed(cache)
-        yield from self._caches(cache)
+        if free is None or planned <= _FREE * free:
+            return ""
+        return (
+            f"{planned} bytes are planned and {free} are free here; a shorter context, a smaller "
+            "batch or a smaller chunk is allowed"
+        )
 
     def _caches(self, cache: DynamicCache) -> Iterator[Row]:
         prefill = held_bytes(cache)
@@ -234,6 +284,10 @@ class _Run:
                 ).total
                 for tokens in (self.context, self.context + STEPS)
             ]
+            why = self._short(max(planned) + self._own_call())
+            if why:
+                yield f"{name}: {why}"
+                return
             cache = Cache(self.model, policy, storage)
             self._feed(cache)
             measured = [cache.nbytes]
@@ -266,7 +320,13 @@ class _Run:
 
     @torch.no_grad()
     def _call(self, cache: Any, ids: Tensor) -> None:
-        self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        try:
+            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        except Exception as error:  # what a model's code raises is as various as that code
+            if isinstance(cache, Cache):  # a failure of ours
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise ValueError(f"model {self.name} can't be run: {reason}") from error
 
 
 def held_bytes(cache: DynamicCache) -> int:

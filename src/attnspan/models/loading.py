@@ -85,7 +85,8 @@ def load(
 
 
 def made_up(config: str | Path, device: str | torch.device | None = None) -> PreTrainedModel:
-    """The model of a `config.json`, or of the folder that holds one, with random weights.
+    """The model of a config's file, of the folder that holds a `config.json`, or of `"bundled"`,
+    with random weights.
 
     It is in eval mode, in bfloat16 on CUDA and float32 on a CPU; no weights, tokenizer or code are
     read.
@@ -94,14 +95,17 @@ def made_up(config: str | Path, device: str | torch.device | None = None) -> Pre
         ValueError: it is no config of a family that the planner knows, asks for remote code, or its
             weights would take more than 4 GiB; one sentence says which.
     """
-    path = Path(config)
-    spec = from_config(path)
-    folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and path.name != "config.json":
-        raise ValueError(f"model {path}: a file named config.json, or its folder, is allowed")
-    if asked := _remote_code(_json(folder / "config.json", folder)):
+    path = bundled.path() if str(config) == "bundled" else Path(config)
+    if not path.exists():
         raise ValueError(
-            f"model {folder}: config.json asks for remote code ({asked}), which is never run here"
+            f"model {path}: there is no such file; a config.json under any name, the folder of one "
+            "or bundled is allowed"
+        )
+    file = path / "config.json" if path.is_dir() else path
+    spec = from_config(file)
+    if asked := _remote_code(_json(file, path)):
+        raise ValueError(
+            f"model {path}: {file.name} asks for remote code ({asked}), which is never run here"
         )
 
     import torch
@@ -117,12 +121,12 @@ def made_up(config: str | Path, device: str | torch.device | None = None) -> Pre
     with _quiet():
         try:
             parts = AutoConfig.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
+                str(file), local_files_only=True, trust_remote_code=False
             )
             with place:
                 model: Any = AutoModelForCausalLM.from_config(parts, dtype=dtype)
         except Exception as error:  # configs fail in as many ways as there are families
-            raise _refusal(folder, "the model can't be made", error) from error
+            raise _refusal(path, "the model can't be made", error) from error
     return model.eval()
 
 
@@ -216,6 +220,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _refusal(folder: Path, what: str, error: Exception) -> ValueError:
-    """One sentence of an error that may hold many lines."""
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return ValueError(f"model {folder}: {what}: {reason.strip().rstrip('.')[:300]}")
+    """One line of an error that may hold many: the reason may stand in any of them."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"model {folder}: {what}: {reason.rstrip('.')[:500]}")
