@@ -48,29 +48,6 @@ DYNAMIC_STREAM = 2048
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        lengths: tokens of the inputs, BOS included; `TRAINED` is among them.
-        places: how many runs of tokens are scored of each text.
-        scored: tokens of a run.
-        texts: of the held-out ones that the package has.
-        policies: of the bounded caches.
-    """
-
-    lengths: tuple[int, ...] = LENGTHS
-    places: int = 6
-    scored: int = 256
-    texts: tuple[str, ...] = ("Python", "English")
-    policies: tuple[str, ...] = POLICIES
-
-
-SHORT = Settings((TRAINED, 1152), 1, 64, ("Python",), POLICIES[1:2])
-TEXTS = {"Python": python_heldout, "English": english_heldout}
-
-
-@dataclass(frozen=True)
 class Run:
     """Tokens to score at every length.
 
@@ -176,7 +153,44 @@ CASES = (
     *(Case(kind, FIXED) for kind in KINDS),
     Case("dynamic", DYNAMIC),
     Case("dynamic", DYNAMIC, "keep-all"),
+    *(Case(None, policy=policy) for policy in POLICIES),
 )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        lengths: tokens of the inputs, BOS included; `TRAINED` is among them.
+        places: how many runs of tokens are scored of each text.
+        scored: tokens of a run.
+        texts: of the held-out ones that the package has.
+        cases: lines of the plot, the first of which is plain RoPE.
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    places: int = 6
+    scored: int = 256
+    texts: tuple[str, ...] = ("Python", "English")
+    cases: tuple[Case, ...] = CASES
+
+
+SHORT = Settings(
+    (TRAINED, 1152),
+    1,
+    64,
+    ("Python",),
+    (
+        Case(None),
+        Case("yarn"),
+        Case("ntk", FIXED),
+        Case("dynamic", DYNAMIC),
+        Case("dynamic", DYNAMIC, "keep-all"),
+        Case(None, policy=POLICIES[1]),
+    ),
+)
+TEXTS = {"Python": python_heldout, "English": english_heldout}
 
 
 def measure(
@@ -188,8 +202,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each case and length on one text; what two cases have in common runs once."""
     runs = runs_of(ids, bos, settings)
-    cases = [*CASES, *(Case(None, policy=policy) for policy in settings.policies)]
-    points = [(c, c.setup(n)) for c in cases for n in settings.lengths if c.taken(n)]
+    points = [(c, c.setup(n)) for c in settings.cases for n in settings.lengths if c.taken(n)]
     found: dict[Setup, list[list[float]]] = {}
     for setup in dict.fromkeys(setup for _, setup in points):
         found[setup] = [setup.measure(run) for run in runs]

@@ -22,7 +22,7 @@ _COLOURS = {
     "keep-all": "#CC79A7",
 }
 _NAMES = {None: "plain RoPE", "linear": "linear", "ntk": "NTK", "yarn": "YaRN"}
-_MARKS = ("<!-- {}: written by benchmarks/interpolation.py --docs -->", "<!-- end of {} -->")
+_MARKS = ("<!-- {}: written by benchmarks/interpolation.py --report -->", "<!-- end of {} -->")
 
 
 def name(row: Row) -> str:
