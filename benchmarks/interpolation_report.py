@@ -50,7 +50,7 @@ def draw(result: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     texts = list(dict.fromkeys(row["text"] for row in result["rows"]))
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, len(texts), sharex=True, sharey="row", squeeze=False)
     lengths = result["lengths"]
     for column, text in enumerate(texts):
@@ -69,7 +69,9 @@ def draw(result: dict[str, Any]) -> bytes:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            panel.set_yticks([2, 3, 5, 10, 20, 40], minor=False)
             panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("")
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
         axes[0][column].set_title(f"held-out {text}: full attention, a fresh forward")
@@ -77,7 +79,8 @@ def draw(result: dict[str, Any]) -> bytes:
         axes[1][column].set_xlabel("tokens of the input, the last of which are scored")
     for row in axes:
         row[0].set_ylabel("perplexity per token (log scale)")
-        row[0].legend(fontsize="small", frameon=False, loc="upper left")
+        # Beside the panels, where it covers no line.
+        row[-1].legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()
