@@ -122,6 +122,22 @@ def test_save_and_resume(here, capsys):
     assert nll("--resume", "saved", "--save", "saved") == expected
 
 
+def test_rope_reads_further_and_is_in_the_figures(here, capsys):
+    command = [*COMPARE, "--policies", "keep-all", "--json", "-"]
+    found = []
+    for rope in ([], ["--rope", "yarn:2"]):
+        assert main([*command, *rope]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, stretched = found
+    assert (plain["meta"]["rope"], stretched["meta"]["rope"]) == (None, "yarn:2")
+    assert stretched["meta"]["model"]["name"] == "model, yarn:2"
+    assert (plain["rows"][0]["tokens"], stretched["rows"][0]["tokens"]) == (64, 128)
+    assert stretched["rows"][0]["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
+    assert main([*STREAM, "--rope", "ntk:2", "--limit", "100", "--save", "saved"]) == 0
+    assert main([*STREAM, "--resume", "saved"]) == 2  # other angles than it was saved with
+    assert "the state was saved with model" in capsys.readouterr().err
+
+
 BAD = {
     "no command": (["nonesuch"], "No such command 'nonesuch'"),
     "no text": (["stream", "--policy", "window:4"], "Missing option '--text'"),
@@ -136,6 +152,8 @@ BAD = {
     "zero window": ([*STREAM, "--policy", "window:0"], "window is 0"),
     "negative sinks": ([*STREAM, "--policy", "sinks:-1+window:4"], "sinks is -1"),
     "wrong storage": ([*STREAM, "--storage", "int2"], "storage 'int2' is not known"),
+    "wrong rope": ([*STREAM, "--rope", "yarn:0.5"], "rope is 'yarn:0.5'; linear, ntk or yarn with"),
+    "rope of another kind": ([*STREAM, "--rope", "dynamic:2"], "rope is 'dynamic:2'; linear, ntk"),
     "wrong storages": (
         [*COMPARE, "--policies", "window:4", "--storage", "dense,"],
         "storage '' is not known",

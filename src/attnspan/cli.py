@@ -64,6 +64,12 @@ SPEC = (
 _model = click.option(
     "--model", default="bundled", help="`bundled`, or a folder with a model in safetensors."
 )
+_rope = click.option(
+    "--rope",
+    metavar="SPEC",
+    help="Interpolate the model's positions, so that it reads F times as far: linear:F, ntk:F, "
+    "yarn:F.",
+)
 _text_file = click.option(
     "--text", required=True, metavar="FILE", help="A UTF-8 file; `-` is standard input."
 )
@@ -87,6 +93,7 @@ _folder = click.Path(path_type=Path)
 @_text_file
 @click.option("--policy", required=True, metavar="SPEC", help="What the cache keeps.")
 @_model
+@_rope
 @click.option("--storage", default="dense", help="dense, int8 or int4.")
 @_limit
 @click.option("--save", type=_folder, metavar="DIR", help="Keep a snapshot of the stream there.")
@@ -115,6 +122,7 @@ def stream(
     text: str,
     policy: str,
     model: str,
+    rope: str | None,
     storage: str,
     limit: int | None,
     save: Path | None,
@@ -139,16 +147,18 @@ def stream(
             from attnspan.cache import parse_storage
             from attnspan.evaluation.stream import stream_text
             from attnspan.models.loading import load
+            from attnspan.models.stretch import parse_stretch
 
             held = parse_storage(storage)
-            loaded, tokenizer = load(model, device)
+            stretch = None if rope is None else parse_stretch(rope)
+            loaded, tokenizer = load(model, device, stretch=stretch)
         result = stream_text(
             loaded,
             tokenizer,
             file,
             kept,
             held,
-            model_name=model,
+            model_name=model if stretch is None else f"{model}, {stretch}",
             name=_text_name(text),
             limit=limit,
             chunk=chunk,
@@ -160,6 +170,7 @@ def stream(
             resume_from=resume,
             report=bar.show,
         )
+    result["meta"]["rope"] = None if stretch is None else str(stretch)
     _write(result, json, plot, kind)
 
 
@@ -169,6 +180,7 @@ def stream(
     "--policies", required=True, metavar='"SPEC, SPEC, ..."', help="What the caches keep."
 )
 @_model
+@_rope
 @click.option(
     "--storage",
     default="dense",
@@ -184,6 +196,7 @@ def compare(
     text: str,
     policies: str,
     model: str,
+    rope: str | None,
     storage: str,
     limit: int | None,
     generate: int,
@@ -202,21 +215,24 @@ def compare(
             from attnspan.cache import parse_storage
             from attnspan.evaluation.compare import compare as compare_text
             from attnspan.models.loading import load
+            from attnspan.models.stretch import parse_stretch
 
             held = [parse_storage(name) for name in storage.split(",")]
-            loaded, tokenizer = load(model, device)
+            stretch = None if rope is None else parse_stretch(rope)
+            loaded, tokenizer = load(model, device, stretch=stretch)
         result = compare_text(
             loaded,
             tokenizer,
             file,
             [(each, one) for each in kept for one in held],
-            model_name=model,
+            model_name=model if stretch is None else f"{model}, {stretch}",
             name=_text_name(text),
             limit=limit,
             chunk=chunk,
             generate=generate,
             report=bar.show,
         )
+    result["meta"]["rope"] = None if stretch is None else str(stretch)
     _write(result, json, plot, kind)
 
 

@@ -76,7 +76,7 @@ class NTK(Interpolation):
         return 0
 
     def frequencies(self, theta: float, rotary_dim: int, length: int) -> tuple[Tensor, float]:
-        return _powers(_stretched(theta, self.factor, rotary_dim), rotary_dim), 1.0
+        return _powers(ntk_theta(theta, self.factor, rotary_dim), rotary_dim), 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DynamicNTK(Interpolation):
     def frequencies(self, theta: float, rotary_dim: int, length: int) -> tuple[Tensor, float]:
         held = max(length, self.original_length)
         stretch = self.factor * held / self.original_length - (self.factor - 1)
-        return _powers(_stretched(theta, stretch, rotary_dim), rotary_dim), 1.0
+        return _powers(ntk_theta(theta, stretch, rotary_dim), rotary_dim), 1.0
 
 
 @dataclass(frozen=True)
@@ -471,6 +471,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     return out if out.dtype == dtype else out.to(dtype)
 
 
+def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
+    """The base of `NTK`'s frequencies: plain RoPE with it is NTK-aware scaling by `factor`.
+
+    >>> round(ntk_theta(10_000.0, 2.0, 128))
+    20221
+
+    Raises:
+        ValueError: `rotary_dim` is 2, where no base does it.
+    """
+    if rotary_dim == 2:
+        raise ValueError("NTK scaling needs a rotary_dim of at least 4, got 2")
+    return theta * factor ** (rotary_dim / (rotary_dim - 2))
+
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _INEXACT_PARAMETERS = {
@@ -495,12 +509,6 @@ def _powers(theta: float, rotary_dim: int) -> Tensor:
     return theta ** -(
         torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
     )
-
-
-def _stretched(theta: float, factor: float, rotary_dim: int) -> float:
-    if rotary_dim == 2:
-        raise ValueError("NTK scaling needs a rotary_dim of at least 4, got 2")
-    return theta * factor ** (rotary_dim / (rotary_dim - 2))
 
 
 def _layer_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:

@@ -84,11 +84,11 @@ def notes(stream: Stream, stopped: bool) -> list[str]:
     if trained is not None and stopped:
         remarks.append(
             f"stopped after {stream.score.tokens:,} tokens: keeping everything makes sense up to "
-            f"the {trained:,} positions that the model was trained for"
+            f"the {trained:,} positions that the model's config gives it"
         )
     if trained is not None and cache.peak_tokens_held > trained:
         remarks.append(
             f"holds {cache.peak_tokens_held:,} tokens, more than the {trained:,} positions that "
-            "the model was trained for"
+            "the model's config gives it"
         )
     return remarks

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from attnspan.models.stretch import Stretch
+
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.pkl")
 _MADE_UP = 4 * 2**30  # bytes of random weights
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
@@ -24,6 +26,7 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    stretch: Stretch | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode and its tokenizer, from `"bundled"` or a folder of safetensors and JSON.
 
@@ -36,6 +39,7 @@ def load(
         device: where the model goes; None is CUDA where there is a device, else the CPU.
         dtype: of the weights; None is the stored dtype on CUDA and float32 on a CPU, where half
             precision is slow.
+        stretch: how its rotary positions are interpolated, if they are; it isn't trained further.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are not there.
@@ -63,9 +67,11 @@ def load(
                 f"model {folder}: its tokenizer gives no character offsets; "
                 "a tokenizer.json is needed"
             )
+        given = {} if stretch is None else {"config": _stretched(folder, stretch)}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                **given,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -128,6 +134,23 @@ def made_up(config: str | Path, device: str | torch.device | None = None) -> Pre
         except Exception as error:  # configs fail in as many ways as there are families
             raise _refusal(path, "the model can't be made", error) from error
     return model.eval()
+
+
+def _stretched(folder: Path, stretch: Stretch) -> Any:
+    """The folder's config with its rotary positions interpolated."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # configs fail in as many ways as there are families
+        raise _refusal(folder, "its config can't be loaded", error) from error
+    try:
+        stretch.apply(config.get_text_config(decoder=True))
+    except ValueError as error:
+        raise ValueError(f"model {folder}: {error}") from None
+    return config
 
 
 def _check(folder: Path) -> None:
