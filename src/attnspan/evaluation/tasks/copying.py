@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from attnspan.evaluation.tasks.base import Example, Ids, Probe, Writer, settings_that_fit
 from attnspan.evaluation.tasks.draw import Drawer
@@ -35,7 +34,7 @@ class Copy:
     block: int = 32
     cue: int = 4
     alphabet: int = 64
-    name: ClassVar[str] = "copy"
+    name: str = "copy"
 
     def examples(self, writer: Writer, length: int, count: int, seed: int) -> Iterator[Example]:
         around = writer.ids(english_heldout()[:TEXT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from random import Random
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -34,7 +35,7 @@ class Drawer:
     def letters(self, count: int, kind: str = string.ascii_lowercase) -> str:
         return self._new(lambda: "".join(self.random.choices(kind, k=count)))
 
-    def _new(self, draw) -> str:
+    def _new(self, draw: Callable[[], str]) -> str:
         while (text := draw()) in self._drawn:
             pass
         self._drawn.add(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from attnspan.evaluation.tasks.base import Example, Writer, choice
 from attnspan.evaluation.tasks.draw import Drawer
@@ -30,7 +29,7 @@ class Passkey:
 
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     choices: int = 10
-    name: ClassVar[str] = "passkey"
+    name: str = "passkey"
 
     def examples(self, writer: Writer, length: int, count: int, seed: int) -> Iterator[Example]:
         for depth in self.depths:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from attnspan.evaluation.tasks.base import Draft, Example, Writer, choice, settings_that_fit
 from attnspan.evaluation.tasks.draw import Drawer
@@ -28,7 +27,7 @@ class StreamEval:
     """
 
     backs: tuple[int, ...] = (5, 10, 20)
-    name: ClassVar[str] = "streameval"
+    name: str = "streameval"
 
     def examples(self, writer: Writer, length: int, count: int, seed: int) -> Iterator[Example]:
         shortest = {float(back): self._example(writer, back, 0, "sizes") for back in self.backs}

@@ -6,7 +6,8 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from attnspan.evaluation.loop import Stream, run
 from attnspan.evaluation.shrink import Passage, PassageSource, read
@@ -32,7 +33,7 @@ class StreamingNll:
     """
 
     parts: int = 4
-    name: ClassVar[str] = "nll"
+    name: str = "nll"
 
     def passages(
         self,
@@ -73,7 +74,7 @@ class StreamingNll:
         [(1, 256), (256, 512), (512, 768), (768, 1024)]
         """
         edges = [1, *(length * part // self.parts for part in range(1, self.parts + 1))]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     def measure(
         self, model: PreTrainedModel, cache: Cache, passages: Sequence[Passage]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from attnspan.evaluation.tasks.base import Example, Writer, choice
 from attnspan.evaluation.tasks.draw import Drawer
@@ -30,7 +29,7 @@ class VariableTracking:
 
     chains: int = 4
     hops: int = 4
-    name: ClassVar[str] = "variable-tracking"
+    name: str = "variable-tracking"
 
     def examples(self, writer: Writer, length: int, count: int, seed: int) -> Iterator[Example]:
         for i in range(count):
