@@ -139,6 +139,8 @@ def _alone(probes: Sequence[Probe]) -> bool:
 def _judge(session: Session, probes: Sequence[Probe], before: Tensor) -> list[Outcome]:
     """Probes at one place of all rows, by the logits before it, `(rows, V)`."""
     rows, count = len(probes), len(probes[0].candidates)
+    if _alone(probes):
+        return _judge_tokens(probes, before)
     scores = torch.zeros(rows, count, dtype=torch.float64)
     exact = torch.zeros(rows, dtype=torch.bool)
     for c in range(count):
@@ -159,6 +161,19 @@ def _judge(session: Session, probes: Sequence[Probe], before: Tensor) -> list[Ou
             scores[row, c] = (chosen - own.logsumexp(-1)).double().sum()
             if c == probe.right:
                 exact[row] = bool((own.argmax(-1) == wanted).all())
+    return _outcomes(probes, scores, exact)
+
+
+def _judge_tokens(probes: Sequence[Probe], before: Tensor) -> list[Outcome]:
+    """The same where each candidate is one token."""
+    logits = before.float()
+    tokens = torch.tensor([[token for (token,) in probe.candidates] for probe in probes])
+    answers = torch.tensor([probe.answer[0] for probe in probes])
+    scores = logits.gather(1, tokens.to(logits.device)) - logits.logsumexp(-1, keepdim=True)
+    return _outcomes(probes, scores.cpu(), logits.argmax(-1).cpu() == answers)
+
+
+def _outcomes(probes: Sequence[Probe], scores: Tensor, exact: Tensor) -> list[Outcome]:
     if not scores.isfinite().all():
         raise ArithmeticError("the likelihood of an answer is not finite: the model is broken")
     best = scores.argmax(1).tolist()
