@@ -144,6 +144,13 @@ def test_depths_and_distances_are_what_they_say(bytewise):
     assert fitting == {64, 128, 256, 512}
 
 
+def test_the_cue_of_a_copy_is_unique_whatever_is_drawn(bytewise):
+    """Of four letters, most blocks repeat a run, and such blocks are drawn anew."""
+    task = Copy(distances=(64,), block=16, alphabet=4)
+    for example in task.examples(Writer(bytewise, 256), 300, 20, seed=0):
+        assert faults("copy", example, 300) == []
+
+
 def test_where_the_right_candidate_stands_tells_nothing(bytewise):
     """Whoever always takes the first, or the nearest, is at chance."""
     writer = Writer(bytewise, 256)
@@ -166,12 +173,16 @@ def test_where_the_right_candidate_stands_tells_nothing(bytewise):
 
 def test_the_hop_that_is_asked_for_stands_anywhere_among_its_rivals(bytewise):
     writer = Writer(bytewise, 256)
-    latest = Counter()
+    latest, between = Counter(), 0
     for example in VariableTracking().examples(writer, 900, 200, seed=1):
         for probe in example.probes:
             first = [min(places(example.ids, c)) for c in probe.candidates]
             latest[probe.setting] += first.index(max(first)) == probe.right
+            # A rival lies within the chain that is asked for.
+            chain = [probe.evidence[0][0] for probe in example.probes]
+            between += any(chain[0] < place < chain[-1] for place in first if place not in chain)
     assert len(latest) == 5
+    assert between > 500
     for count in latest.values():
         assert abs(count / 200 - 0.25) < 4 * (0.25 * 0.75 / 200) ** 0.5
 

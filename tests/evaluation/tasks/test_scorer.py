@@ -23,15 +23,14 @@ class Told:
     def __init__(self, after):
         self._after, self._rows, self._sizes = after, [], []
 
-    def feed(self, ids, last, mask=None):
-        mask = torch.ones_like(ids) if mask is None else mask
+    def feed(self, ids, last):
         self._rows = self._rows or [[] for _ in ids]
         self._sizes = [len(row) for row in self._rows]
         logits = torch.zeros(len(ids), last, VOCABULARY)
         first = ids.shape[1] - last
         for r, row in enumerate(self._rows):
-            for column, (token, real) in enumerate(zip(ids[r].tolist(), mask[r], strict=True)):
-                row += [token] * int(real)
+            for column, token in enumerate(ids[r].tolist()):
+                row.append(token)
                 if column >= first:
                     logits[r, column - first] = self._after(tuple(row))
         return logits

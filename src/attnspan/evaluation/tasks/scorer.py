@@ -34,11 +34,8 @@ class Outcome:
 class Session(Protocol):
     """What a scorer needs of a model with a cache: rows of tokens, fed and taken back."""
 
-    def feed(self, ids: Tensor, last: int, mask: Tensor | None = None) -> Tensor:
-        """Takes in `(rows, n)` tokens; logits after the last `last` of them, `(rows, last, V)`.
-
-        `mask` has 0 for padding after a row's tokens.
-        """
+    def feed(self, ids: Tensor, last: int) -> Tensor:
+        """Takes in `(rows, n)` tokens; logits after the last `last` of them, `(rows, last, V)`."""
         ...
 
     def undo(self, columns: int) -> None:
@@ -52,7 +49,7 @@ class CacheSession:
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         self._model, self._cache = model, cache
 
-    def feed(self, ids: Tensor, last: int, mask: Tensor | None = None) -> Tensor:
+    def feed(self, ids: Tensor, last: int) -> Tensor:
         found, width = [], ids.shape[1]
         for start in range(0, width, CHUNK):
             stop = min(width, start + CHUNK)
@@ -60,7 +57,6 @@ class CacheSession:
             with torch.inference_mode():
                 output = self._model(
                     input_ids=ids[:, start:stop].to(self._model.device),
-                    attention_mask=None if mask is None else mask[:, start:stop],
                     past_key_values=self._cache,
                     use_cache=True,
                     logits_to_keep=max(1, wanted),  # 0 would be all
@@ -147,11 +143,9 @@ def _judge(session: Session, probes: Sequence[Probe], before: Tensor) -> list[Ou
         answers = [probe.candidates[c] for probe in probes]
         logits = before[:, None]
         if width := max(map(len, answers)) - 1:
-            # Padded with a token of the row's own; its logits are not read.
+            # A shorter one is filled up: what comes after its tokens can't change what is read.
             fed = [[*answer[:-1], *answer[:1] * (width + 1 - len(answer))] for answer in answers]
-            lengths = torch.tensor([len(answer) - 1 for answer in answers])
-            mask = (torch.arange(width) < lengths[:, None]).long()
-            after = session.feed(torch.tensor(fed), width, None if mask.all() else mask)
+            after = session.feed(torch.tensor(fed), width)
             session.undo(width)
             logits = torch.cat([logits, after.to(logits.device)], 1)
         for row, (answer, probe) in enumerate(zip(answers, probes, strict=True)):
