@@ -25,9 +25,9 @@ def show(result: dict[str, Any], file: TextIO) -> None:
     if used:
         console.print(_table(used), soft_wrap=False)
         console.print(
-            "Share of right answers, chosen by likelihood, and its 95 % interval; nll: nats a token, "
-            "less is better. * worse than the whole cache, prompt by prompt, by more than two "
-            "standard errors."
+            "Share of right answers, chosen by likelihood, and its 95 % interval; nll: nats a "
+            "token, less is better. * worse than the whole cache, prompt by prompt, by more than "
+            "two standard errors."
         )
     if result["left_out"]:
         console.print("\nNo policy is judged by these:")
