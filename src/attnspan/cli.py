@@ -16,6 +16,7 @@ from attnspan import options
 from attnspan.doctor_cli import doctor
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
+from attnspan.tasks_cli import tasks
 from attnspan.verify_cli import verify
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ app.add_command(article)
 app.add_command(ring)
 app.add_command(verify)
 app.add_command(doctor)
+app.add_command(tasks)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (

@@ -49,7 +49,7 @@ class Passage:
         return len(self.ids) - self.length
 
 
-class _Ids:
+class PassageSource:
     """A passage as a source of a stream; what its tokens stand for isn't asked."""
 
     place = None
@@ -86,7 +86,7 @@ def streamed(
         stream = Stream(
             model,
             cache,
-            _Ids(passage.ids),
+            PassageSource(passage.ids),
             first=None,
             watch=range(passage.length, len(passage.ids)),
         )
