@@ -217,3 +217,9 @@ COMMON_SIZES = {
 def close() -> dict[str, float]:
     """fp32 logits of size 10 or so; the reference itself is off by about 5e-6 here."""
     return {"atol": 2e-5, "rtol": 2e-5}
+
+
+def test_a_model_that_was_cast_is_told_why_it_is_refused() -> None:
+    cast = tiny("llama", max_position_embeddings=4096).half()
+    with pytest.raises(ValueError, match="frequencies were cast to float16: load it with dtype="):
+        Cache(cast, KeepAll())

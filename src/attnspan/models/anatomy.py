@@ -148,8 +148,12 @@ def probe(model: nn.Module, interface: Interface) -> Anatomy:
     with interface.diverted(replay, Unrotated(bare_angles, interface)):
         _run(model, feed)
     ropes: dict[Rope, Rope] = {}
+    frequencies = [getattr(each, "inv_freq", None) for each in interface.embeddings]
+    cast = next(
+        (x.dtype for x in frequencies if isinstance(x, Tensor) and x.dtype.itemsize < 4), None
+    )
     layers = tuple(
-        _explain(i, seen, key, places, config, ropes)
+        _explain(i, seen, key, places, config, ropes, cast)
         for i, (seen, key) in enumerate(zip(plain, bare, strict=True))
     )
     return Anatomy(layers, {key: _angles(cos, places, ropes) for key, cos in given.items()})
@@ -237,9 +241,18 @@ def _family(config: Any) -> str:
 
 
 def _explain(
-    index: int, seen: _Seen, bare: Tensor, places: Tensor, config: Any, ropes: dict[Rope, Rope]
+    index: int,
+    seen: _Seen,
+    bare: Tensor,
+    places: Tensor,
+    config: Any,
+    ropes: dict[Rope, Rope],
+    cast: torch.dtype | None,
 ) -> Layer:
-    """The layer whose rotation turns the bare keys into those that the model made."""
+    """The layer whose rotation turns the bare keys into those that the model made.
+
+    `cast` is what the rotary frequencies were rounded to, if they were.
+    """
     # Angles of transformers are fp32 (off by position * 2^-23), the keys in the model's dtype.
     allowed = max(float(places[-1]) * 2.0**-21, 8 * torch.finfo(seen.key.dtype).eps)
     allowed *= float(seen.key.float().abs().amax())
@@ -259,6 +272,11 @@ def _explain(
         heads, kv_heads, head_dim = seen.query.shape[1], seen.key.shape[1], seen.key.shape[3]
         return Layer(LayerSpec(heads, kv_heads, head_dim, rope, seen.softcap), seen.sliding_window)
     why = errors[0] if errors else "its keys aren't turned by any known rotary embedding"
+    if cast is not None:
+        why += (
+            f" (its rotary frequencies were cast to {str(cast).removeprefix('torch.')}: load it "
+            "with dtype=..., which leaves them in float32)"
+        )
     raise Refused(f"layer {index} of {_family(config)} can't be cached exactly: {why}")
 
 
