@@ -437,7 +437,7 @@ def test_the_comparison() -> None:
     # Each holds the budget at most.
     for name in ("window", "sinks + window", "H2O", "compressive", "blockwise", "Longformer"):
         assert rows[name].cache <= window.cache
-    with pytest.raises(ValueError, match="trained with a sliding window of 4096"):
+    with pytest.raises(ValueError, match="up to the smallest, 4096, are allowed"):
         found.compare(5000)
     with pytest.raises(ValueError, match="budget is 3; a whole number of at least 16"):
         found.compare(3)
@@ -586,3 +586,10 @@ def test_a_prompt_of_latents_makes_all_heads_keys_and_values() -> None:
     assert dict(found.activations.parts)["keys and values of all heads"] == (
         131_072 * 128 * (192 + 128) * 2
     )
+
+
+def test_the_report_sets_sinks_apart_where_some_are_kept() -> None:
+    assert "tokens back, kept sinks apart." in str(
+        plan("llama-3-8b", 99, policy="sinks:4+window:9")
+    )
+    assert "tokens back." in str(plan("llama-3-8b", 99, policy="window:9"))

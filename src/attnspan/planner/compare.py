@@ -95,6 +95,11 @@ def compare(plan: Plan, budget: int | None = None) -> tuple[Row, ...]:
         raise ValueError(
             f"budget is {budget!r}; a whole number of at least {_LEAST} tokens is allowed"
         )
+    if None not in spec.windows and budget > (least := min(filter(None, spec.windows))):
+        raise ValueError(
+            f"budget is {budget}; every layer of {spec.name} has a window, and up to the smallest, "
+            f"{least}, are allowed"
+        )
     rows: list[Row] = []
     for name, text, views, words, cache in _entries(plan, budget):
         kinds = layer_kinds(spec, views, words, cache, n, True)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from attnspan.planner.held import layer_policies
 from attnspan.planner.quantities import scaled, short, shown
 from attnspan.planner.stack import CACHE, product
 
@@ -40,7 +41,7 @@ def _head(plan: Plan) -> str:
         asked.append(f"pattern {plan.pattern}")
     asked += [f"{plan.storage} cache", f"{plan.weights_kind} weights", f"bytes as in {plan.engine}"]
     if plan.chunk is not None:
-        asked.append(f"prefill in steps of {plan.chunk:,}")
+        asked.append(f"prefill in steps of {min(plan.chunk, plan.context):,}")
     if plan.devices > 1:
         asked.append(f"{plan.devices} devices")
     size = f"{scaled(spec.parameters)} weights"
@@ -75,7 +76,8 @@ def _kinds(plan: Plan) -> str:
         f"{plan.token_bytes * owners:,} in all."
     )
     if plan.reach is not None:
-        apart = ", kept sinks apart" if plan.policy is not None else ""
+        sinks = any(policy.leading for policy in layer_policies(plan.spec, plan.policy))
+        apart = ", kept sinks apart" if sinks else ""
         lines.append(f"  All layers together reach at most {plan.reach:,} tokens back{apart}.")
     return "\n".join(lines)
 
