@@ -100,7 +100,7 @@ def steps(
 
     Bytes are above weights and above the whole cache as it stands at the end: a layer that has not
     run yet holds less of it, which counts as bytes below. `threads` are those of a CPU; None is a
-    GPU, whose kernels neither have a tile in memory nor copy numbers of another dtype.
+    GPU, whose kernels neither have a tile in memory nor copy a factor of another dtype.
     """
     shape = _Shape(
         spec, new, tokens, batch, itemsize, eager, threads, _BUILT.get(spec.family, Built())
@@ -333,8 +333,8 @@ class _Shape:
             return 3
         if self.itemsize >= 4:
             return 2
-        # Softmax gives fp32, and a CPU copies what it takes to fp32 first.
-        return 1 + (2 if self.threads is not None else 1) * 4 // self.itemsize
+        # Softmax gives fp32, of a copy in fp32; only of fp16 a GPU needs none.
+        return 1 + 2 * 4 // self.itemsize
 
     def _kernel(self, read: int) -> int:
         """torch's flash attention: a log-sum-exp, and on a CPU a tile for each thread."""
