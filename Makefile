@@ -2,7 +2,7 @@ SHELL := /bin/bash
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: venv demo test check bench
+.PHONY: venv demo test check bench web
 
 venv: .venv/stamp
 
@@ -44,3 +44,9 @@ bench: venv
 	@set -e; for name in startup cpu step_cost quality kill_resume million; do \
 		echo "benchmarks/$$name.py"; .venv/bin/python "benchmarks/$$name.py"; \
 	done
+
+# The explorer's front end, built into the package; needs node 20 or later and npm. What it builds is
+# committed, so that nobody else needs them.
+web: venv
+	.venv/bin/python web/measured.py
+	cd web && npm ci --no-audit --no-fund && npm run build
