@@ -1,27 +1,10 @@
 /** Numbers as the command line prints them (`attnspan.planner.quantities`). */
 
+import { fixed, grouped } from "./model/quantities";
+
+export { fixed, grouped, shown } from "./model/quantities";
+
 type Count = number | bigint;
-
-const UNITS: [string, bigint, number][] = [
-  ["GiB", 2n ** 30n, 2],
-  ["MiB", 2n ** 20n, 1],
-  ["KiB", 2n ** 10n, 1],
-];
-
-export function shown(count: Count): string {
-  const size = Number(count);
-  for (const [unit, scale, digits] of UNITS)
-    if (Math.abs(size) >= Number(scale)) return `${fixed(size / Number(scale), digits)} ${unit}`;
-  return `${fixed(size, 0)} B`;
-}
-
-export function fixed(value: number, digits: number): string {
-  return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-}
-
-export function grouped(count: Count): string {
-  return count.toLocaleString("en-US");
-}
 
 /** Three digits, without a power of ten where Python's `g` has none. */
 function three(value: number): string {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 from attnspan.patterns.algebra import Pattern
 from attnspan.patterns.library import Causal, SlidingWindow
@@ -167,7 +168,7 @@ class Simulation:
         ]
 
         def total(field: Callable[[Cost], float]) -> float:
-            return sum(count * field(each) for count, each in costs)
+            return fsum(count * field(each) for count, each in costs)
 
         tokens = -(-self.context // size)
         linear, tensor = self._linear(tokens)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import fsum  # rounds once, so that no version of Python gives other digits
 
 from attnspan.planner.links import Machine
 from attnspan.planner.work import Round, Work
@@ -171,10 +172,12 @@ def cost(
             exchanged[k + 1] += each.moved * gradient
     moving = [link.latency + x / link.bandwidth if x else 0.0 for x in exchanged]
     beside = [*compute, 0.0]
-    exposed = sum(x - link.overlap * min(x, busy) for x, busy in zip(moving, beside, strict=True))
+    exposed = fsum(
+        x - link.overlap * min(x, busy) for x, busy in zip(moving, beside, strict=True)
+    )
     sent = work.sent * traded.kv_bytes + work.received * gradient
     extra = _ring_extra(work, rounds, traded, gradient) if rings > 1 else 0
-    communication, exchanges = sum(moving), sum(x > 0 for x in moving)
+    communication, exchanges = fsum(moving), sum(x > 0 for x in moving)
 
     trade = _trade_bytes(work.n // size, heads, traded, groups)
     if groups > 1:
@@ -189,8 +192,8 @@ def cost(
         extra += (2 if backward else 1) * held * work.shard
     return Cost(
         schedule=schedule,
-        seconds=sum(compute) + exposed,
-        compute=sum(compute),
+        seconds=fsum(compute) + exposed,
+        compute=fsum(compute),
         communication=communication,
         exposed=exposed,
         sent=float(sent.mean()) + trade,

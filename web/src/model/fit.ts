@@ -1,0 +1,95 @@
+/** What fits a memory (`attnspan.planner.fit`). */
+
+import { MOST_TOKENS, plan, type Asked, type Plan } from "./plan";
+import { sinkWindow } from "./policies";
+import type { Spec } from "./spec";
+
+const CHUNK = 2048;
+const SINKS = 4;
+const LEAST_WINDOW = 256;
+const RANK = { dense: 0, bf16: 0, int8: 1, int4: 2 };
+
+/** Tokens of the longest context that fits, to the token; 0: none. Halved: more never takes less. */
+export function longest(spec: Spec, asked: Omit<Asked, "context">): number {
+  const fits = (context: number) => plan(spec, { ...asked, context }).fits;
+  if (!fits(1)) return 0;
+  if (fits(MOST_TOKENS)) return MOST_TOKENS;
+  let [low, high] = [1, MOST_TOKENS];
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (fits(middle)) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+/** One change to a plan; `plan` is null where it can't be had. */
+export interface Candidate {
+  change: string;
+  loses: string;
+  asked: Asked;
+  plan: Plan | null;
+  why: string;
+}
+
+function attempt(change: string, loses: string, spec: Spec, asked: Asked): Candidate {
+  try {
+    return { change, loses, asked, plan: plan(spec, asked), why: "" };
+  } catch (error) {
+    return { change, loses, asked, plan: null, why: error instanceof Error ? error.message : String(error) };
+  }
+}
+
+/** Changes in the order of what they lose; the first that fits is the one to take. */
+export function cheapest(spec: Spec, asked: Asked): Candidate[] {
+  const found = [attempt("as asked", "nothing", spec, asked)];
+  let base = asked;
+  if ((asked.devices ?? 1) === 1 && !asked.chunk && asked.context > CHUNK) {
+    base = { ...asked, chunk: CHUNK };
+    found.push(attempt("prefill in steps of 2,048", "nothing", spec, base));
+  }
+  const given = [{ storage: asked.storage ?? "dense", weights: asked.weights ?? "bf16" }];
+  for (const [what, kind, loses] of [
+    ["storage", "int8", "next to nothing"],
+    ["weights", "int8", "next to nothing"],
+    ["storage", "int4", "little"],
+    ["weights", "int4", "little"],
+  ] as const) {
+    const last = given[given.length - 1];
+    if (RANK[kind] <= RANK[last[what]]) continue;
+    const changed = { ...last, [what]: kind };
+    const each = attempt(named(changed), loses, spec, { ...base, ...changed });
+    found.push(each);
+    if (each.plan) given.push(changed);
+  }
+  if (!asked.policy)
+    for (const changed of given) {
+      if (attempt("", "", spec, { ...base, ...changed }).plan?.fits) break;
+      const each = dropping(named(changed), spec, { ...base, ...changed });
+      found.push(each);
+      if (!each.plan) break;
+    }
+  return found;
+}
+
+function named(changed: { storage: string; weights: string }): string {
+  return `${changed.storage} cache, ${changed.weights} weights`;
+}
+
+/** Sinks and the largest window that fits, by halving. */
+function dropping(change: string, spec: Spec, asked: Asked): Candidate {
+  const at = (window: number) =>
+    attempt(`${change}, sinks:${SINKS}+window:${window}`, "dropped tokens", spec, {
+      ...asked,
+      policy: sinkWindow(SINKS, window),
+    });
+  let [fits, wrong] = [Math.min(LEAST_WINDOW, asked.context), asked.context];
+  const low = at(fits);
+  if (!low.plan?.fits) return low;
+  while (wrong - fits > 1) {
+    const middle = Math.floor((fits + wrong) / 2);
+    if (at(middle).plan?.fits) fits = middle;
+    else wrong = middle;
+  }
+  return at(fits);
+}
