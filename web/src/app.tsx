@@ -67,10 +67,10 @@ export function App({ page }: { page: Page }) {
 
   return (
     <>
-      <a class="skip" href={address(route.view, route.params)} onClick={toMain}>
-        Skip to the figure
-      </a>
       <header class="bar">
+        <a class="skip" href={address(route.view, route.params)} onClick={toMain}>
+          Skip to the figure
+        </a>
         <a class="brand" href="#/memory" aria-label="attnspan explorer">
           <Mark />
           <span>attnspan</span>
