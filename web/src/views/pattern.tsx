@@ -11,7 +11,7 @@ import { whole } from "../route";
 const FAR = 131072;
 const COLOURS = ["blue", "orange", "green", "pink", "amber"] as const;
 const START = "SlidingWindow(8) | Sinks(2)";
-const MARGIN = 34;
+const MARGIN = 46;
 
 interface Leaf {
   path: ("left" | "right" | "inner")[];
@@ -120,6 +120,7 @@ export function PatternView({ page, params, set }: ViewProps) {
           </dl>
           <figure class="figure">
             <Matrix pattern={pattern} parts={parts} n={n} step={step} hover={hover} point={setHover} says={`Pattern ${written}: ${grouped(counted.all)} of ${grouped(n * n)} pairs of ${n} queries and keys are seen; query ${step} sees ${counted.rows[step]} keys.`} />
+            <Steps id="step" label="Query" value={step} most={n - 1} show={(value) => `${value} of 0–${n - 1}`} set={(value) => set({ step: value })} pace={180} />
             <ul class="legend">
               {parts.map((part, k) => (
                 <li key={k}>
@@ -139,7 +140,6 @@ export function PatternView({ page, params, set }: ViewProps) {
               ))}
             </p>
           </figure>
-          <Steps id="step" label="Query" value={step} most={n - 1} show={(value) => `${value} of 0–${n - 1}`} set={(value) => set({ step: value })} pace={180} />
           <div class="copies">
             <Copy id="python" label="Python" text={`out = span.attention(q, k, v, ${text(pattern, "span.")})`} />
             <Copy id="command" label="What it costs" text={`attnspan plan mistral-7b --context 128K --pattern '${written}'`} />
@@ -333,7 +333,7 @@ function Matrix({ pattern, parts, n, step, hover, point, says }: MatrixProps) {
         <text class="title" x={MARGIN} y={10}>
           key j →
         </text>
-        <text class="title" transform={`translate(10 ${MARGIN + 6}) rotate(90)`}>
+        <text class="title" transform={`translate(2 ${MARGIN}) rotate(90)`}>
           query i →
         </text>
         {ticks.map((tick) => (

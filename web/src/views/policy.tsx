@@ -1,0 +1,71 @@
+import { doublings, range, Select, Slider } from "../controls";
+import { grouped, parseTokens } from "../format";
+import { policyText, type Policy } from "../model/policies";
+import type { Spec } from "../model/spec";
+import { oneOf, whole, type Params, type Patch } from "../route";
+
+const KINDS = ["model", "window", "sinks", "heavy", "compressive"] as const;
+const WINDOWS = doublings(16, 2 ** 20);
+
+/** The policy of the address; null: what the model itself can see. */
+export function policyFrom(params: Params, otherwise: Policy | null): Policy | null {
+  const kind = oneOf(params.policy, KINDS, otherwise ? (otherwise.kind as (typeof KINDS)[number]) : "model");
+  const window = whole(params.window, otherwise && "window" in otherwise ? otherwise.window : 4096, 1, 2 ** 20);
+  const sinks = whole(params.sinks, 4, 0, 64);
+  switch (kind) {
+    case "model":
+      return null;
+    case "window":
+      return { kind, window, block: 1 };
+    case "sinks":
+      return { kind, sinks, window, block: 1 };
+    case "heavy":
+      return { kind, heavy: whole(params.heavy, 2048, 1, 2 ** 20), window, block: 64 };
+    case "compressive":
+      return { kind, window, memory: whole(params.memory, 1024, 1, 2 ** 20), rate: whole(params.rate, 4, 1, 64), sinks: 4, block: 64 };
+  }
+}
+
+export function PolicyControls({ policy, spec, set }: { policy: Policy | null; spec: Spec; set: (patch: Patch) => void }) {
+  const tokens = (id: string, label: string, value: number) => (
+    <Slider id={id} label={label} stops={WINDOWS} value={value} show={grouped} read={parseTokens} set={(next) => set({ [id]: next })} />
+  );
+  const own = spec.windows.some((each) => each !== null) ? "the model’s own windows" : "all tokens";
+  return (
+    <>
+      <Select
+        id="policy"
+        label="The cache keeps"
+        value={policy?.kind ?? "model"}
+        options={[
+          { value: "model", text: own },
+          { value: "window", text: "a window" },
+          { value: "sinks", text: "sinks and a window" },
+          { value: "heavy", text: "heavy hitters and a window" },
+          { value: "compressive", text: "a window and a pooled memory" },
+        ]}
+        set={(kind) => set({ policy: kind })}
+      />
+      {policy && policy.kind !== "keep-all" && tokens("window", "Window, tokens", policy.window)}
+      {policy?.kind === "sinks" && <Slider id="sinks" label="Sinks, tokens" stops={range(0, 64)} value={policy.sinks} show={String} set={(next) => set({ sinks: next })} />}
+      {policy?.kind === "heavy" && tokens("heavy", "Heavy hitters, tokens", policy.heavy)}
+      {policy?.kind === "compressive" && (
+        <>
+          {tokens("memory", "Pooled slots", policy.memory)}
+          <Slider id="rate" label="Tokens a slot" stops={range(1, 16)} value={policy.rate} show={String} set={(next) => set({ rate: next })} />
+        </>
+      )}
+      {policy && <p class="note">SPEC: <code data-testid="policy-spec">{policyText(policy)}</code></p>}
+    </>
+  );
+}
+
+/** What a function gives, or the sentence with which it refuses. */
+export function refused<T>(make: () => T): { value: T; why: "" } | { value: null; why: string } {
+  try {
+    return { value: make(), why: "" };
+  } catch (error) {
+    if (error instanceof TypeError || error instanceof RangeError) throw error;
+    return { value: null, why: error instanceof Error ? error.message : String(error) };
+  }
+}
