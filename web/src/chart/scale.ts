@@ -69,7 +69,7 @@ function label(value: number, { kind }: Axis): string {
       if (value === 0) return "0";
       const exponent = Math.floor(Math.log10(value) + 1e-9);
       const digits = Number((value / 10 ** exponent).toPrecision(3));
-      if (exponent < 4) return value.toLocaleString("en-US");
+      if (exponent < 4 && exponent >= -1) return value.toLocaleString("en-US");
       return digits === 1 ? power(exponent) : `${digits}·${power(exponent)}`;
     }
     case "plain":

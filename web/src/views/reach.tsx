@@ -204,8 +204,8 @@ function Measured({ page, params, set }: ViewProps) {
             </Plot>
             <figcaption>
               {chosen.name}: {chosen.says}. {within(measure)} The first four tokens are left out; their share is{" "}
-              {fixed(100 * measure.first_tokens, 1)} %. A gradient is the slope for a push without end of smallness, of
-              which hundreds of far tokens keep a little; a change is what another token really does.
+              {fixed(100 * measure.first_tokens, 1)} %. A gradient is the slope for an
+              infinitesimal push, of which hundreds of far tokens keep a little; a change is what another token really does.
               {beside && " The orange line is the same weights without the window."}
               <span class="source">
                 {" "}
@@ -262,6 +262,7 @@ function within(measure: Measure): string {
 function line(of: MeasuredReach, kind: "gradients" | "changes", colour: Line["colour"]): Line {
   const points = of[kind].curve
     .filter((each) => each.from >= 1 && each.mean > 0)
-    .map((each) => [Math.sqrt(each.from * each.to), each.mean] as const);
+    // A range that the bound cuts has its influence before it.
+    .map((each) => [Math.min(Math.sqrt(each.from * each.to), of.bound ?? Infinity), each.mean] as const);
   return { name: of.name, colour, points };
 }
