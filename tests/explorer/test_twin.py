@@ -60,7 +60,7 @@ const calls = {
     twin.cacheBytes(spec(name), how.context, asked(how).policy, how.storage, how.batch),
   longest: (name, how) => twin.longest(spec(name), asked(how)),
   cheapest: (name, how) => twin.cheapest(spec(name), asked(how)).map((each) => ({
-    change: each.change, loses: each.loses, total: each.plan && each.plan.total, why: each.why,
+    change: each.change, loses: each.loses, total: each.total, why: each.why,
   })),
   work: (text, n, size, layout) => {
     const found = twin.work(twin.parsePattern(text), n, size, layout);

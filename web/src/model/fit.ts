@@ -1,6 +1,6 @@
 /** What fits a memory (`attnspan.planner.fit`). */
 
-import { MOST_TOKENS, plan, type Asked, type Plan } from "./plan";
+import { memory, MOST_TOKENS, type Asked } from "./plan";
 import { sinkWindow } from "./policies";
 import type { Spec } from "./spec";
 
@@ -11,7 +11,7 @@ const RANK = { dense: 0, bf16: 0, int8: 1, int4: 2 };
 
 /** Tokens of the longest context that fits, to the token; 0: none. Halved: more never takes less. */
 export function longest(spec: Spec, asked: Omit<Asked, "context">): number {
-  const fits = (context: number) => plan(spec, { ...asked, context }).fits;
+  const fits = (context: number) => memory(spec, { ...asked, context }).fits;
   if (!fits(1)) return 0;
   if (fits(MOST_TOKENS)) return MOST_TOKENS;
   let [low, high] = [1, MOST_TOKENS];
@@ -23,20 +23,21 @@ export function longest(spec: Spec, asked: Omit<Asked, "context">): number {
   return low;
 }
 
-/** One change to a plan; `plan` is null where it can't be had. */
+/** One change to a plan; `total`, its bytes, is null where it can't be had. */
 export interface Candidate {
   change: string;
   loses: string;
   asked: Asked;
-  plan: Plan | null;
+  total: bigint | null;
+  fits: boolean | null;
   why: string;
 }
 
 function attempt(change: string, loses: string, spec: Spec, asked: Asked): Candidate {
   try {
-    return { change, loses, asked, plan: plan(spec, asked), why: "" };
+    return { change, loses, asked, ...memory(spec, asked), why: "" };
   } catch (error) {
-    return { change, loses, asked, plan: null, why: error instanceof Error ? error.message : String(error) };
+    return { change, loses, asked, total: null, fits: false, why: error instanceof Error ? error.message : String(error) };
   }
 }
 
@@ -60,14 +61,14 @@ export function cheapest(spec: Spec, asked: Asked): Candidate[] {
     const changed = { ...last, [what]: kind };
     const each = attempt(named(changed), loses, spec, { ...base, ...changed });
     found.push(each);
-    if (each.plan) given.push(changed);
+    if (each.total !== null) given.push(changed);
   }
   if (!asked.policy)
     for (const changed of given) {
-      if (attempt("", "", spec, { ...base, ...changed }).plan?.fits) break;
+      if (attempt("", "", spec, { ...base, ...changed }).fits) break;
       const each = dropping(named(changed), spec, { ...base, ...changed });
       found.push(each);
-      if (!each.plan) break;
+      if (each.total === null) break;
     }
   return found;
 }
@@ -85,10 +86,10 @@ function dropping(change: string, spec: Spec, asked: Asked): Candidate {
     });
   let [fits, wrong] = [Math.min(LEAST_WINDOW, asked.context), asked.context];
   const low = at(fits);
-  if (!low.plan?.fits) return low;
+  if (!low.fits) return low;
   while (wrong - fits > 1) {
     const middle = Math.floor((fits + wrong) / 2);
-    if (at(middle).plan?.fits) fits = middle;
+    if (at(middle).fits) fits = middle;
     else wrong = middle;
   }
   return at(fits);

@@ -3,7 +3,7 @@
  * each other's keys, and how many of these keys it needs. No token is looked at.
  */
 
-import { big, sum } from "./numbers";
+import { big } from "./numbers";
 import { text, type Pattern } from "./patterns";
 
 export const LAYOUTS = ["contiguous", "zigzag", "striped"] as const;
@@ -120,18 +120,23 @@ type PairsOf = (queries: number, keys: number) => bigint;
 /** Pairs of two chunks in the union of the terms, by inclusion and exclusion. */
 function counts(grid: Grid, given: Term[]): PairsOf {
   const { width: c, chunks: m } = grid;
-  const byDistance = Array<bigint>(2 * m - 1).fill(0n);
+  // Chunks alike far apart have alike many, but for terms that are bounded; each is counted once.
+  const byDistance: (bigint | undefined)[] = Array(2 * m - 1).fill(undefined);
+  const open: [bigint, Term][] = [];
   const bounded: [bigint, Term][] = [];
   for (let chosen = 1; chosen < 1 << given.length; chosen++) {
     const some = given.filter((_, k) => (chosen >> k) & 1);
     const all = some.reduce(meet);
     const sign = some.length % 2 ? 1n : -1n;
-    if (all.queries === FAR && all.keys === FAR)
-      for (let k = 0; k < 2 * m - 1; k++) byDistance[k] += sign * band(all, (k - m + 1) * c, c, 0, c);
-    else bounded.push([sign, all]);
+    (all.queries === FAR && all.keys === FAR ? open : bounded).push([sign, all]);
   }
+  const apart = (distance: number) => {
+    let total = 0n;
+    for (const [sign, each] of open) total += sign * band(each, distance * c, c, 0, c);
+    return total;
+  };
   return (a, b) => {
-    let total = byDistance[a - b + m - 1];
+    let total = (byDistance[a - b + m - 1] ??= apart(a - b));
     for (const [sign, each] of bounded) {
       const [first, start] = [a * c, b * c];
       if (first >= each.queries || start >= each.keys) continue;
@@ -144,46 +149,63 @@ function counts(grid: Grid, given: Term[]): PairsOf {
 type Span = [number, number];
 type NeedsOf = (rank: number, chunk: number) => number;
 
-/** Keys of a chunk that a rank needs. */
-function needed(grid: Grid, given: Term[]): NeedsOf {
-  const c = grid.width;
+/** How many keys of a chunk lie in what a rank needs; its spans are made once. */
+function within(grid: Grid, spansOf: (rank: number) => Span[]): NeedsOf {
+  const known: Span[][] = [];
   return (rank, chunk) => {
-    const [low, high] = [chunk * c, (chunk + 1) * c];
-    const spans: Span[] = [];
-    for (const each of held(grid, rank))
-      for (const one of given) {
-        const first = each * c;
-        const last = Math.min(first + c, one.queries) - 1;
-        if (last < first) continue;
-        spans.push([
-          Math.max(first - one.end + 1, low),
-          Math.min(last - one.least + 1, Math.min(high, one.keys)),
-        ]);
-      }
-    return covered(spans);
+    const spans = (known[rank] ??= joined(spansOf(rank)));
+    const low = chunk * grid.width;
+    const high = low + grid.width;
+    let total = 0;
+    for (let k = 0; k < spans.length; k++)
+      total += Math.max(0, Math.min(spans[k][1], high) - Math.max(spans[k][0], low));
+    return total;
   };
 }
 
-/** How many keys lie in any of the ranges. */
-function covered(spans: Span[]): number {
-  let total = 0;
-  let reach = -Infinity;
+/** The same keys in spans that don't overlap. */
+function joined(spans: Span[]): Span[] {
+  const found: Span[] = [];
   for (const [start, stop] of spans.filter(([a, b]) => b > a).sort((a, b) => a[0] - b[0])) {
-    total += Math.max(0, stop - Math.max(start, reach));
-    reach = Math.max(reach, stop);
+    const last = found[found.length - 1];
+    if (last && start <= last[1]) last[1] = Math.max(last[1], stop);
+    else found.push([start, stop]);
   }
-  return total;
+  return found;
+}
+
+/** Keys of a chunk that a rank needs for the union of the terms. */
+function needed(grid: Grid, given: Term[]): NeedsOf {
+  const c = grid.width;
+  return within(grid, (rank) =>
+    held(grid, rank).flatMap((each) =>
+      given.map((one): Span => {
+        const first = each * c;
+        const last = Math.min(first + c, one.queries) - 1;
+        return last < first ? [0, 0] : [Math.max(0, first - one.end + 1), Math.min(last - one.least + 1, one.keys)];
+      }),
+    ),
+  );
 }
 
 function folded(grid: Grid, pairs: PairsOf, needs: NeedsOf, exact: boolean): Work {
   const size = grid.chunks / grid.each;
   const ranks = [...Array(size).keys()];
   const chunks = ranks.map((rank) => held(grid, rank));
+  let table: bigint[][] | undefined;
+  const pair = (r: number, s: number) => {
+    let total = 0n;
+    for (const a of chunks[r]) for (const b of chunks[s]) total += pairs(a, b);
+    return total;
+  };
   return {
     n: grid.width * grid.chunks,
     size,
-    pairs: ranks.map((r) => ranks.map((s) => sum(chunks[r].flatMap((a) => chunks[s].map((b) => pairs(a, b)))))),
-    needs: ranks.map((r) => ranks.map((s) => chunks[s].reduce((total, b) => total + needs(r, b), 0))),
+    // Memory doesn't depend on them, and a search for what fits asks for memory alone.
+    get pairs() {
+      return (table ??= ranks.map((r) => ranks.map((s) => pair(r, s))));
+    },
+    needs: ranks.map((r) => chunks.map((some) => some.reduce((total, b) => total + needs(r, b), 0))),
     exact,
   };
 }
@@ -237,7 +259,7 @@ function documents(lengths: number[], causal: boolean): Blocks {
 
 function blocked(grid: Grid, blocks: Blocks, causal: boolean, before: number): Work {
   /** Pairs within blocks, of the queries before one edge and the keys before the other. */
-  const within = (x: number, y: number): bigint => {
+  const inner = (x: number, y: number): bigint => {
     if (causal && x < y) y = x;
     const [upper, lower] = x >= y ? [x, y] : [y, x];
     const block = blocks.of(lower);
@@ -260,21 +282,19 @@ function blocked(grid: Grid, blocks: Blocks, causal: boolean, before: number): W
     const [x, y] = [a * c, b * c];
     return f(x + c, y + c) - f(x, y + c) - f(x + c, y) + f(x, y);
   };
-  const [inside, across] = [cut(within), cut(earlier)];
+  const [inside, across] = [cut(inner), cut(earlier)];
   const pairs: PairsOf = (a, b) => inside(a, b) + (before ? across(a, b) : 0n);
-  const needs: NeedsOf = (rank, chunk) => {
-    const spans = held(grid, rank).map((each): Span => {
+  const needs = within(grid, (rank) =>
+    held(grid, rank).map((each): Span => {
       const first = each * c;
       const last = Math.min(first + c, blocks.end) - 1;
       if (last < first) return [0, 0];
       const clip = (k: number) => Math.min(Math.max(k, 0), blocks.count - 1);
       const mine = clip(blocks.of(first));
       const start = blocks.start(before ? Math.max(mine - 1, 0) : mine);
-      const stop = causal ? last + 1 : blocks.start(clip(blocks.of(last)) + 1);
-      return [Math.max(start, chunk * c), Math.min(stop, (chunk + 1) * c)];
-    });
-    return covered(spans);
-  };
+      return [start, causal ? last + 1 : blocks.start(clip(blocks.of(last)) + 1)];
+    }),
+  );
   return folded(grid, pairs, needs, true);
 }
 

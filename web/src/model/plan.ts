@@ -6,11 +6,11 @@
  */
 
 import { prefillPeak, type Peak } from "./activations";
-import { works } from "./forms";
+import { works, type Work } from "./forms";
 import { big, ceilDiv, divide, least, sum } from "./numbers";
 import { capacity, hasBand, KEEP_ALL, leading, policyText, slidingWindow, slots, type Policy } from "./policies";
 import { grouped, shown } from "./quantities";
-import { ringPatterns, ringPrefill, type RingPrefill } from "./ring";
+import { ringMemory, ringPatterns, ringPrefill, type RingPrefill } from "./ring";
 import { ofPolicy, ofWindow, type View } from "./seen";
 import { bound, linearParameters, type Device, type Link, type Spec } from "./spec";
 import { stack, type Factor } from "./stack";
@@ -265,6 +265,33 @@ export function prefill(spec: Spec, asked: Asked): Phase {
   return prefillOf(spec, kinds, { context, batch, weights, device, devices: 1, token, received: 0n, chunk });
 }
 
+/** Of each kind of layer how many there are, and its work on a ring of any size. */
+function layerWorks(layers: Layers[], context: number): [number, (size: number) => Work][] {
+  return ringPatterns(layers).map(([count, each]) => [count, works(each, context, "zigzag")]);
+}
+
+/** Bytes of a device in all, and whether they fit: what `plan` has, and nothing else of it. */
+export function memory(spec: Spec, asked: Asked): { total: bigint; fits: boolean | null } {
+  const { context, device, policy = null, storage = "dense", batch = 1, weights = "bf16" } = asked;
+  const { devices = 1, chunk = null } = asked;
+  const layers = layersOf(spec, policy);
+  const token = tokenBytes(spec, storage);
+  const cache = cacheOf(layers, context, batch, token);
+  const above =
+    devices > 1
+      ? ringMemory(spec, context, layerWorks(layers, context), devices).above
+      : prefillPeak(spec, context, batch, "flash", chunk).bytes;
+  const total = big(weightBytes(spec, weights)) + shareOf(layers, cache, batch, devices, token) + above;
+  const limit = asked.memory ?? device.memory;
+  return { total, fits: limit === null ? null : big(Math.trunc(limit)) >= total };
+}
+
+/** The cache's bytes of one device, over which its slots are dealt out evenly. */
+function shareOf(layers: Layers[], cache: Cache, batch: number, devices: number, token: bigint): bigint {
+  if (devices === 1) return cache.total;
+  return sum(layers.map((some, k) => big(some.layers) * big(batch) * ceilDiv(cache.held[k], big(devices)) * token));
+}
+
 export function plan(spec: Spec, asked: Asked): Plan {
   const { context, device, policy = null, storage = "dense", batch = 1, weights = "bf16" } = asked;
   const { devices = 1, link = null, chunk = null } = asked;
@@ -284,14 +311,12 @@ export function plan(spec: Spec, asked: Asked): Plan {
   const head = rows * big(context) * 2n;
   let peak: Omit<Peak, "working"> = flash;
   let working = { head, standard: standard.working || every * head, flash: flash.working || 4n * every * rows };
-  let share = cache.total;
+  const share = shareOf(layers, cache, batch, devices, token);
   let ring: RingPrefill | null = null;
   if (devices > 1) {
     working = { head, standard: every * head, flash: 4n * every * rows };
     if (!link) throw new Error(`devices is ${devices} without a link between them`);
-    const patterns = ringPatterns(layers);
-    ring = ringPrefill(spec, context, { device, link }, patterns.map(([count, each]) => [count, works(each, context, "zigzag")]), devices, "ring");
-    share = sum(layers.map((some, k) => big(some.layers) * big(batch) * ceilDiv(cache.held[k], big(devices)) * token));
+    ring = ringPrefill(spec, context, { device, link }, layerWorks(layers, context), devices);
     const held = ring.memory - ring.weights - ring.cache;
     peak = { bytes: held, phase: "a layer", parts: { "a layer, and what the ring's schedule holds": held } };
   }
@@ -301,7 +326,7 @@ export function plan(spec: Spec, asked: Asked): Plan {
   const step = decodeOf(spec, kinds, { batch, weights, device, devices, token, link: devices > 1 ? link : null });
 
   const total = weightsHeld + share + peak.bytes;
-  const memory = limit === null ? null : big(Math.trunc(limit));
+  const room = limit === null ? null : big(Math.trunc(limit));
   const factors = stack(spec, { context, batch, storage, kinds, cache: cache.total, working, dense: tokenBytes(spec, "dense"), stored: token });
   const ofCache = factors.filter((each) => each.quantity === "KV cache");
   return {
@@ -325,9 +350,9 @@ export function plan(spec: Spec, asked: Asked): Plan {
     stack: factors,
     stack_of_the_cache: ofCache.length ? divide(ofCache[0].before, ofCache[ofCache.length - 1].after) : 1,
     total,
-    memory,
-    fits: memory === null ? null : memory >= total,
-    spare: memory === null ? null : memory - total,
+    memory: room,
+    fits: room === null ? null : room >= total,
+    spare: room === null ? null : room - total,
     notes: notesOf(spec, asked, cache, layers),
   };
 }

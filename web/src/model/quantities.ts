@@ -12,8 +12,9 @@ export function fixed(value: number, digits: number): string {
   return text.replace(/\B(?=(\d{3})+(?!\d))(?<!\.\d*)/g, ",");
 }
 
+/** With commas; `toLocaleString` takes a hundred times as long. */
 export function grouped(count: Count): string {
-  return count.toLocaleString("en-US");
+  return String(count).replace(/\B(?=(\d{3})+(?!\d))/g, ",");
 }
 
 export function shown(count: Count): string {

@@ -69,26 +69,33 @@ function round(pairs: bigint[], received: number[], sent: number[]): Round {
 
 /** What the ring does, round by round: in step t rank r receives from rank r - t. */
 export function rounds(work: Work): Round[] {
-  const { size, pairs, needs } = work;
+  return roundsOf(work, work.pairs);
+}
+
+/** With `pairs` null only what is received and moved. */
+function roundsOf({ size, needs, n }: Work, pairs: bigint[][] | null): Round[] {
   const ranks = [...Array(size).keys()];
-  const found = [{ pairs: mostBig(ranks.map((r) => pairs[r][r])), received: 0, moved: 0 }];
+  const found = [{ pairs: pairs ? mostBig(ranks.map((r) => pairs[r][r])) : 0n, received: 0, moved: 0 }];
   const empty = () => ({ pairs: ranks.map(() => 0n), received: ranks.map(() => 0), sent: ranks.map(() => 0) });
   let now = empty();
   for (let step = 1; step < size; step++) {
-    const other = ranks.map((r) => (r - step + size) % size);
-    const more = ranks.map((r) => needs[r][other[r]]);
-    if (!more.some(Boolean)) continue;
-    const gone = ranks.map((r) => needs[(r + step) % size][r]);
-    const heaviest = Math.max(
-      most(ranks.map((r) => now.received[r] + more[r])),
-      most(ranks.map((r) => now.sent[r] + gone[r])),
-    );
-    if (now.received.some(Boolean) && heaviest > shard(work)) {
+    const more: number[] = [];
+    const gone: number[] = [];
+    let heaviest = 0;
+    let needed = false;
+    for (const r of ranks) {
+      more.push(needs[r][(r - step + size) % size]);
+      gone.push(needs[(r + step) % size][r]);
+      needed ||= more[r] > 0;
+      heaviest = Math.max(heaviest, now.received[r] + more[r], now.sent[r] + gone[r]);
+    }
+    if (!needed) continue;
+    if (now.received.some(Boolean) && heaviest > n / size) {
       found.push(round(now.pairs, now.received, now.sent));
       now = empty();
     }
     for (const r of ranks) {
-      now.pairs[r] += pairs[r][other[r]];
+      if (pairs) now.pairs[r] += pairs[r][(r - step + size) % size];
       now.received[r] += more[r];
       now.sent[r] += gone[r];
     }
@@ -197,20 +204,17 @@ export function ringPrefill(
   machine: Machine,
   layers: [number, (size: number) => Work][],
   devices: number,
-  schedule: Schedule,
 ): RingPrefill {
-  if (spec.latent) throw new Error(`model ${spec.name} has multi-head latent attention; a ring of that isn't simulated`);
+  const schedule = "ring";
+  refuse(spec);
   const heads = { query: spec.heads, kv: spec.kv_heads, dim: spec.head_dim };
   const costs = layers.map(([count, of]): [number, Cost] => [count, cost(schedule, of(devices), heads, machine)]);
   const total = (field: (each: Cost) => number) => fsum(costs.map(([count, each]) => count * field(each)));
   const tokens = Math.ceil(context / devices);
   const attention = total((each) => each.seconds);
   const linear = Number(2n * big(linearParameters(spec)) * big(tokens)) / machine.device.linear;
-  const weights = big(2 * spec.parameters);
-  const cache = big(spec.layers * kvBytes(heads)) * big(tokens);
-  const widest = Math.max((2 * heads.query + 2 * heads.kv) * heads.dim, 2 * innerWidth(spec));
-  const activations = 2n * big(tokens) * big(2 * spec.hidden + widest);
-  const memory = weights + cache + activations + mostBig(costs.map(([, each]) => each.extra));
+  const { weights, cache, above } = ringMemory(spec, context, layers, devices);
+  const memory = weights + cache + above;
   const limit = machine.device.memory;
   return {
     devices,
@@ -229,6 +233,29 @@ export function ringPrefill(
     copies: 1,
     fits: limit === null ? null : Number(memory) <= limit,
   };
+}
+
+/** Bytes of a device in the schedule "ring": weights, cache, and what is above them. */
+export function ringMemory(
+  spec: Spec,
+  context: number,
+  layers: [number, (size: number) => Work][],
+  devices: number,
+): { weights: bigint; cache: bigint; above: bigint } {
+  refuse(spec);
+  const heads = { query: spec.heads, kv: spec.kv_heads, dim: spec.head_dim };
+  const tokens = Math.ceil(context / devices);
+  const widest = Math.max((2 * heads.query + 2 * heads.kv) * heads.dim, 2 * innerWidth(spec));
+  const extras = layers.map(([, of]) => extra(of(devices), roundsOf(of(devices), null), heads));
+  return {
+    weights: big(2 * spec.parameters),
+    cache: big(spec.layers * kvBytes(heads)) * big(tokens),
+    above: 2n * big(tokens) * big(2 * spec.hidden + widest) + mostBig(extras),
+  };
+}
+
+function refuse(spec: Spec): void {
+  if (spec.latent) throw new Error(`model ${spec.name} has multi-head latent attention; a ring of that isn't simulated`);
 }
 
 /** Positions that a rank holds, in its order: runs of (start, length, step). */

@@ -167,8 +167,8 @@ function Numbers({ made, deepest, batch }: { made: Plan; deepest: number | null;
       <Stat id="total" label="In all" value={made.total} mark={made.fits === false ? "orange" : "green"} note={made.devices > 1 ? "of each device" : undefined}>
         {shown(made.total)}
       </Stat>
-      <Stat id="longest" label="Longest context that fits" value={deepest} mark="blue" note={deepest === MOST_TOKENS ? "the most that is counted" : "to the token"}>
-        {deepest === null ? "–" : deepest === MOST_TOKENS ? "any" : grouped(deepest)}
+      <Stat id="longest" label="Longest context that fits" value={deepest} mark="blue" note={deepest === MOST_TOKENS ? "the most that is counted" : deepest === 0 ? `weights alone take ${shown(made.weights)}` : "to the token"}>
+        {deepest === null ? "–" : deepest === MOST_TOKENS ? "any" : deepest === 0 ? "none" : grouped(deepest)}
       </Stat>
       <Stat id="prefill" label="Prefill" value={made.prefill.seconds} note={`${made.prefill.bound === "compute" ? "computing" : "memory"} is the bound`}>
         {short(made.prefill.seconds)}
@@ -238,8 +238,8 @@ function MemoryBar({ made, name }: { made: Plan; name: string }) {
 }
 
 function Fits({ found }: { found: Candidate[] }) {
-  const taken = found.find((each) => each.plan?.fits);
-  if (found[0].plan?.fits === null) return null;
+  const taken = found.find((each) => each.fits);
+  if (found[0].fits === null) return null;
   return (
     <>
       <h2>
@@ -261,8 +261,8 @@ function Fits({ found }: { found: Candidate[] }) {
               <tr key={each.change} class={each === taken ? "taken" : undefined}>
                 <th scope="row">{each.change}</th>
                 <td>{each.loses}</td>
-                <td data-value={each.plan ? each.plan.total : ""}>{each.plan ? shown(each.plan.total) : "can’t be had"}</td>
-                <td>{each.plan?.fits ? "yes" : "no"}</td>
+                <td data-value={each.total ?? ""}>{each.total === null ? "can’t be had" : shown(each.total)}</td>
+                <td>{each.fits ? "yes" : "no"}</td>
               </tr>
             ))}
           </tbody>

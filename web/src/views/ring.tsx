@@ -25,7 +25,7 @@ const NAMES = {
 const SAYS: Record<Layout, string> = {
   contiguous: "Each process holds one piece. A window needs only the end of the piece before; under a causal pattern the last process has twice the mean work.",
   zigzag: "Of twice as many pieces each process holds one and, counted from the end, its mirror: under a causal pattern all have the same work.",
-  striped: "Each process holds every so-manieth token. All have nearly the same work, and all need keys of all others, so windows are refused.",
+  striped: "Tokens are dealt out one by one, like cards. All processes have nearly the same work, but each needs keys of all others whatever the window, so windows are refused.",
 };
 
 export function RingView({ page, params, set }: ViewProps) {
@@ -247,7 +247,13 @@ function Wheel({ work: found, step, says }: { work: Work; step: number; says: st
               const d = Math.hypot(q[0] - p[0], q[1] - p[1]) || 1;
               return `${(p[0] + ((q[0] - p[0]) / d) * (node + 3)).toFixed(1)} ${(p[1] + ((q[1] - p[1]) / d) * (node + 3)).toFixed(1)}`;
             };
-            return <path key={r} class="flow" marker-end="url(#arrow)" d={`M${cut(a, [mx, my])}Q${mx.toFixed(1)} ${my.toFixed(1)} ${cut(b, [mx, my])}`} />;
+            const arc = `M${cut(a, [mx, my])}Q${mx.toFixed(1)} ${my.toFixed(1)} ${cut(b, [mx, my])}`;
+            return (
+              <g key={`${step} ${r}`}>
+                <path class="flow" marker-end="url(#arrow)" d={arc} />
+                <rect class="parcel" x={-5} y={-5} width={10} height={10} rx={2} style={{ offsetPath: `path("${arc}")` }} />
+              </g>
+            );
           })}
         {ranks.map((r) => {
           const source = (r - step + size) % size;
