@@ -50,6 +50,8 @@ export function App({ page }: { page: Page }) {
 
   useEffect(() => {
     document.title = `${NAMES[route.view]} · attnspan`;
+    // On a phone the views' names don't all fit.
+    document.querySelector("nav [aria-current]")?.scrollIntoView({ inline: "center", block: "nearest" });
   }, [route.view]);
 
   useEffect(() => {

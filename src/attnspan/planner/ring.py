@@ -172,9 +172,7 @@ def cost(
             exchanged[k + 1] += each.moved * gradient
     moving = [link.latency + x / link.bandwidth if x else 0.0 for x in exchanged]
     beside = [*compute, 0.0]
-    exposed = fsum(
-        x - link.overlap * min(x, busy) for x, busy in zip(moving, beside, strict=True)
-    )
+    exposed = fsum(x - link.overlap * min(x, busy) for x, busy in zip(moving, beside, strict=True))
     sent = work.sent * traded.kv_bytes + work.received * gradient
     extra = _ring_extra(work, rounds, traded, gradient) if rings > 1 else 0
     communication, exchanges = fsum(moving), sum(x > 0 for x in moving)

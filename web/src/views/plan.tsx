@@ -13,7 +13,7 @@ import { policyFrom, PolicyControls, refused } from "./policy";
 
 const CONTEXTS = doublings(1024, 2 ** 23);
 const BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256];
-const DEVICES = [1, 2, 4, 8, 16, 32];
+const DEVICES = [1, 2, 4, 8, 16];
 const MEMORIES = [8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512];
 const GIB = 2 ** 30;
 
@@ -22,7 +22,7 @@ export function PlanView({ page, params, set }: ViewProps) {
   const link = page.links.find((each) => each.name === params.link) ?? page.links.find((each) => each.name === "ib") ?? page.links[0];
   const context = whole(params.context, 131072, 1, 2 ** 23);
   const batch = whole(params.batch, 1, 1, 256);
-  const count = whole(params.devices, 1, 1, 32);
+  const count = whole(params.devices, 1, 1, 16);
   const storage = spec.latent ? "dense" : oneOf(params.storage, STORAGES);
   const weights = oneOf(params.weights, WEIGHTS);
   const memory = params.memory === undefined && device.memory !== null ? null : whole(params.memory, 64, 1, 4096) * GIB;
