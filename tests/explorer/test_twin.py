@@ -28,6 +28,7 @@ from attnspan.planner.quantities import shown
 from attnspan.planner.ring import Heads, cost
 from attnspan.planner.weight_bytes import distinct
 from attnspan.policies import parse as parse_policy
+from attnspan.ring.layout import Contiguous, Striped, ZigZag
 
 NODE = shutil.which("node")
 APP = Path(attnspan.explorer.__file__).parent / "static" / "app.js"
@@ -84,6 +85,8 @@ const calls = {
     }
     return { text: twin.patternText(found), rows, pairs: twin.pairs(found, n) };
   },
+  chunks: (layout, n, size) =>
+    Array.from({ length: size }, (_, rank) => twin.chunksOf(layout, n, size, rank)),
   policy: (text) => twin.policyText(twin.parsePolicy(text)),
   shown: (count) => twin.shown(count),
   distinct: (total, active, tokens) => twin.distinct(total, active, tokens),
@@ -356,6 +359,25 @@ def test_the_cost_of_rings_is_the_planners() -> None:
         return vars(found)
 
     wrong, _ = compared([str(call[1]) for call in calls], calls, oracle)
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_processes_hold_the_tokens_that_the_layouts_deal_out() -> None:
+    layouts = {"contiguous": Contiguous(), "zigzag": ZigZag(), "striped": Striped()}
+    calls: list[tuple[str, list[Any]]] = [
+        ("chunks", [name, 2 * size * part, size])
+        for name in layouts
+        for size in (1, 2, 3, 16)
+        for part in (1, 7)
+    ]
+    wrong, _ = compared(
+        [str(call[1]) for call in calls],
+        calls,
+        lambda name, n, size: [
+            [[each.start, each.length, each.step] for each in chunks]
+            for chunks in layouts[name].chunks(n, size)
+        ],
+    )
     assert not wrong, "\n".join(wrong[:20])
 
 

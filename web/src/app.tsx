@@ -25,6 +25,19 @@ const NAMES: Record<View, string> = {
   plan: "Plan",
 };
 
+/** What a view takes over from the one before it: the model that is looked at, and how. */
+const SHARED: Partial<Record<View, string[]>> = {
+  memory: ["preset", "context", "batch", "storage", "device"],
+  stack: ["preset", "context", "batch", "storage"],
+  plan: ["preset", "context", "batch", "storage", "device"],
+  ring: ["preset", "device"],
+};
+
+function carried(view: View, from: Params): Params {
+  const names = SHARED[view] ?? [];
+  return Object.fromEntries(names.filter((name) => name in from).map((name) => [name, from[name]]));
+}
+
 function shown(view: View, props: ViewProps) {
   switch (view) {
     case "memory":
@@ -58,14 +71,14 @@ export function App({ page }: { page: Page }) {
     const press = (event: KeyboardEvent) => {
       if (event.ctrlKey || event.metaKey || event.altKey || writes(event.target)) return;
       const view = VIEWS[Number(event.key) - 1];
-      if (view) go(view);
+      if (view) go(view, carried(view, route.params));
       else if (event.key === "t") theme.turn();
       else return;
       event.preventDefault();
     };
     addEventListener("keydown", press);
     return () => removeEventListener("keydown", press);
-  }, [go, theme]);
+  }, [go, theme, route.params]);
 
   return (
     <>
@@ -82,7 +95,7 @@ export function App({ page }: { page: Page }) {
             {VIEWS.map((view, k) => (
               <li key={view}>
                 <a
-                  href={`#/${view}`}
+                  href={address(view, view === route.view ? {} : carried(view, route.params))}
                   aria-current={view === route.view ? "page" : undefined}
                   data-testid={`nav-${view}`}
                 >

@@ -7,6 +7,6 @@ export { pairs, parse as parsePattern, sees, text as patternText, why } from "./
 export { cacheBytes, plan, prefill, STORAGES } from "./plan";
 export { parsePolicy, policyText } from "./policies";
 export { grouped, shown } from "./quantities";
-export { atOnce, chunksOf, cost, imbalance, mergeBytes, received, rounds, sent } from "./ring";
+export { atOnce, chunksOf, cost, imbalance, received, rounds, sent } from "./ring";
 export { bound, unbounded } from "./spec";
 export { distinct } from "./weights";

@@ -258,7 +258,7 @@ function refuse(spec: Spec): void {
   if (spec.latent) throw new Error(`model ${spec.name} has multi-head latent attention; a ring of that isn't simulated`);
 }
 
-/** Positions that a rank holds, in its order: runs of (start, length, step). */
+/** Positions that a rank holds, in its order: runs of (start, length, step) (`attnspan.ring.layout`). */
 export function chunksOf(layout: Layout, n: number, size: number, rank: number): [number, number, number][] {
   if (layout === "striped") return [[rank, n / size, size]];
   if (layout === "contiguous" || size === 1) return [[(rank * n) / size, n / size, 1]];
@@ -268,9 +268,3 @@ export function chunksOf(layout: Layout, n: number, size: number, rank: number):
     [(2 * size - 1 - rank) * part, part, 1],
   ];
 }
-
-/** One decoded token over a cache of `tokens` that lies evenly over the ranks. */
-export function mergeBytes(heads: Heads, size: number): bigint {
-  return big(heads.query * (heads.dim + 1) * 4) * big(size - 1);
-}
-

@@ -26,7 +26,7 @@ export function PlanView({ page, params, set }: ViewProps) {
   const storage = spec.latent ? "dense" : oneOf(params.storage, STORAGES);
   const weights = oneOf(params.weights, WEIGHTS);
   const memory = params.memory === undefined && device.memory !== null ? null : whole(params.memory, 64, 1, 4096) * GIB;
-  const policy = policyFrom(params, null);
+  const policy = policyFrom(params, spec, "model");
   const chunk = params.chunk === "2048" && count === 1 ? 2048 : null;
   const asked: Asked = { context, device, policy, storage, batch, weights, memory, devices: count, link: count > 1 ? link : null, chunk };
   const key = JSON.stringify({ ...asked, spec: spec.name });

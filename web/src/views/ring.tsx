@@ -6,7 +6,7 @@ import { fixed, grouped, parseTokens, short, shown } from "../format";
 import { LAYOUTS, work, type Layout, type Work } from "../model/forms";
 import { big, divide, sum } from "../model/numbers";
 import { text, type Pattern } from "../model/patterns";
-import { cost, imbalance, kvBytes, received, rounds, sent, shard } from "../model/ring";
+import { chunksOf, cost, imbalance, kvBytes, received, rounds, sent, shard } from "../model/ring";
 import { oneOf, whole } from "../route";
 import { useDesk } from "./desk";
 import { refused } from "./policy";
@@ -159,6 +159,7 @@ function Shown({ work: found, pattern, layout, step, set, cost: costs, perKey, n
           <thead>
             <tr>
               <th scope="col">process</th>
+              <th scope="col">holds tokens</th>
               <th scope="col">computes, pairs</th>
               <th scope="col">of the mean</th>
               <th scope="col">receives, keys</th>
@@ -173,6 +174,11 @@ function Shown({ work: found, pattern, layout, step, set, cost: costs, perKey, n
             {ranks.map((r) => (
               <tr key={r}>
                 <th scope="row">{r}</th>
+                <td>
+                  {chunksOf(layout, found.n, size, r)
+                    .map(([start, length, by]) => (by === 1 ? `${grouped(start)}–${grouped(start + length - 1)}` : `${start}, ${start + by}, … ${grouped(start + by * (length - 1))}`))
+                    .join(" and ")}
+                </td>
                 <td>
                   <Num id={`pairs-${r}`} value={totals[r]}>
                     {grouped(totals[r])}

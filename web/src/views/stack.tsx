@@ -18,7 +18,7 @@ export function StackView({ page, params, set }: ViewProps) {
   const batch = whole(params.batch, 1, 1, 256);
   const storage = spec.latent ? "dense" : oneOf(params.storage, STORAGES, "int8");
   const log = oneOf(params.axes, ["linear", "log"]) === "log";
-  const policy = policyFrom(params, { kind: "sinks", sinks: 4, window: 4092, block: 1 });
+  const policy = policyFrom(params, spec, "sinks");
   const made = useMemo(() => refused(() => plan(spec, { context, device, batch, storage, policy })), [spec, context, device, batch, storage, JSON.stringify(policy)]);
 
   return (
