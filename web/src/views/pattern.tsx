@@ -16,20 +16,23 @@ const MARGIN = 46;
 interface Leaf {
   path: ("left" | "right" | "inner")[];
   pattern: Named;
-  /** Under a `~`: what it sees is left out. */
-  negated: boolean;
 }
 
-function leaves(pattern: Pattern, path: Leaf["path"] = [], negated = false): Leaf[] {
+function leaves(pattern: Pattern, path: Leaf["path"] = []): Leaf[] {
   switch (pattern.kind) {
     case "And":
     case "Or":
-      return [...leaves(pattern.left, [...path, "left"], negated), ...leaves(pattern.right, [...path, "right"], negated)];
+      return [...leaves(pattern.left, [...path, "left"]), ...leaves(pattern.right, [...path, "right"])];
     case "Not":
-      return leaves(pattern.inner, [...path, "inner"], !negated);
+      return leaves(pattern.inner, [...path, "inner"]);
     default:
-      return [{ path, pattern, negated }];
+      return [{ path, pattern }];
   }
+}
+
+/** What `|` joins at the top: a pair has the colour of the first that sees it. */
+function sides(pattern: Pattern): Pattern[] {
+  return pattern.kind === "Or" ? [...sides(pattern.left), ...sides(pattern.right)] : [pattern];
 }
 
 function replaced(pattern: Pattern, path: Leaf["path"], by: Pattern): Pattern {
@@ -119,13 +122,13 @@ export function PatternView({ page, params, set }: ViewProps) {
             </Stat>
           </dl>
           <figure class="figure">
-            <Matrix pattern={pattern} parts={parts} n={n} step={step} hover={hover} point={setHover} says={`Pattern ${written}: ${grouped(counted.all)} of ${grouped(n * n)} pairs of ${n} queries and keys are seen; query ${step} sees ${counted.rows[step]} keys.`} />
+            <Matrix pattern={pattern} n={n} step={step} hover={hover} point={setHover} says={`Pattern ${written}: ${grouped(counted.all)} of ${grouped(n * n)} pairs of ${n} queries and keys are seen; query ${step} sees ${counted.rows[step]} keys.`} />
             <Steps id="step" label="Query" value={step} most={n - 1} show={(value) => `${value} of 0–${n - 1}`} set={(value) => set({ step: value })} pace={180} />
             <ul class="legend">
-              {parts.map((part, k) => (
+              {sides(pattern).map((side, k) => (
                 <li key={k}>
-                  <i class={`swatch ${part.negated ? "hole" : `bg-${COLOURS[k % 5]}`}`} /> {part.negated ? "without " : ""}
-                  <code>{text(part.pattern)}</code>
+                  <i class={`swatch bg-${COLOURS[k % 5]}`} />
+                  <code>{text(side)}</code>
                 </li>
               ))}
             </ul>
@@ -267,7 +270,6 @@ function runs(pattern: Pattern, i: number, n: number): string {
 
 interface MatrixProps {
   pattern: Pattern;
-  parts: Leaf[];
   n: number;
   step: number;
   hover: [number, number] | null;
@@ -276,7 +278,7 @@ interface MatrixProps {
 }
 
 /** Drawn as a path a colour, so that thousands of cells are a few elements. */
-function Matrix({ pattern, parts, n, step, hover, point, says }: MatrixProps) {
+function Matrix({ pattern, n, step, hover, point, says }: MatrixProps) {
   const [ref, width] = useWidth<HTMLDivElement>(640);
   const size = Math.min(width, 660);
   const cell = (size - MARGIN) / n;
@@ -288,6 +290,7 @@ function Matrix({ pattern, parts, n, step, hover, point, says }: MatrixProps) {
     };
     const done: string[] = Array(5).fill("");
     const later: string[] = Array(5).fill("");
+    const branches = sides(pattern);
     let past = "";
     for (let i = 0; i < n; i++)
       for (let j = 0; j < n; j++) {
@@ -295,8 +298,8 @@ function Matrix({ pattern, parts, n, step, hover, point, says }: MatrixProps) {
           if (j <= i) past += box(i, j);
           continue;
         }
-        const by = parts.findIndex((part) => !part.negated && sees(part.pattern, i, j));
-        (i <= step ? done : later)[Math.max(by, 0) % 5] += box(i, j);
+        const by = branches.findIndex((side) => sees(side, i, j));
+        (i <= step ? done : later)[by % 5] += box(i, j);
       }
     return { done, later, past };
   }, [text(pattern), n, step, cell]);
@@ -330,7 +333,7 @@ function Matrix({ pattern, parts, n, step, hover, point, says }: MatrixProps) {
         onPointerLeave={() => point(null)}
         onKeyDown={press}
       >
-        <text class="title" x={MARGIN} y={10}>
+        <text class="title" x={MARGIN} y={MARGIN - 24}>
           key j →
         </text>
         <text class="title" transform={`translate(2 ${MARGIN}) rotate(90)`}>

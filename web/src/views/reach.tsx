@@ -68,7 +68,7 @@ export function ReachView({ page, params, set }: ViewProps) {
             id="preset"
             label="Layers of"
             value={preset?.name ?? ""}
-            options={[{ value: "", text: "a stack of one's own" }, ...sliding.map((each) => ({ value: each.name, text: each.name }))]}
+            options={[{ value: "", text: "a stack of your own" }, ...sliding.map((each) => ({ value: each.name, text: each.name }))]}
             set={(name) => set({ preset: name || null, step: null })}
           />
           {!preset && (
@@ -246,7 +246,7 @@ function Measured({ page, params, set }: ViewProps) {
             set={(value) => set({ by: value })}
           />
           <p class="note">
-            <code>attnspan doctor MODEL</code> measures it for a model of one’s own.
+            <code>attnspan doctor MODEL</code> measures it for a model of your own.
           </p>
         </form>
       </div>
