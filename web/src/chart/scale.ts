@@ -39,7 +39,7 @@ function logTicks({ from, to, kind }: Axis, wanted: number): number[] {
   const steps = kind === "bytes" ? [1, 2, 3, 5, 10] : [1, 2, 3, 4, 6];
   const step = steps.find((each) => (high - low) / each <= wanted) ?? steps[steps.length - 1];
   const values = [];
-  for (let k = Math.ceil(low / step) * step; k <= high; k += step) values.push(base ** k);
+  for (let k = low; k <= high; k += step) values.push(base ** k);
   return values;
 }
 
