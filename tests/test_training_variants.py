@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnspan.planner.article import claims
 from training.model import Shape
 from training.train_variants import Masters, Recipe
 from training.variants import Variant, build, running, variants
-from training.variants_report import RESULTS, by_variant, difference, filled, joined, seed_noise
+from training.variants_report import (
+    RESULTS,
+    by_variant,
+    difference,
+    filled,
+    joined,
+    mean_bits,
+    seed_noise,
+)
 from training.variants_score import Whole
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +154,28 @@ def test_noise_and_differences_by_hand() -> None:
     gap, half = difference(runs, "window", "full", "python")
     assert gap == pytest.approx(1.1)
     assert half == pytest.approx(4.303 * noise)
+
+
+def test_the_article_s_claim_has_the_measured_figures() -> None:
+    runs = by_variant(json.loads((ROOT / RESULTS).read_text()))
+    whole = mean_bits(runs["full"], "python")
+    claim = claims()[-1]
+    for name, kind in (
+        ("window", "window"),
+        ("blockwise", "blockwise"),
+        ("longformer", "Longformer"),
+    ):
+        assert (
+            f"{kind} {mean_bits(runs[name], 'python') / whole - 1:+.0%}".replace("%", " %")
+            in claim.right
+        )
+    gap, half = difference(runs, "hybrid", "full", "python")
+    assert abs(gap) < half
+    made = [run["applied"] for run in runs["full"].values()]
+    for name, stated in (("window", "16 %"), ("blockwise", "71 %")):
+        mean = sum(run[name]["python"] for run in made) / len(made)
+        assert f"{mean / whole - 1:.0%}".replace("%", " %") == stated
+        assert stated in claim.why
 
 
 def test_the_document_holds_the_results_tables() -> None:
