@@ -151,7 +151,7 @@ class StepGraph:
         if self.cache.tokens_seen != self._at:
             self._at = self.cache.tokens_seen
             self.clock.position.fill_(self._at)
-        held = [x for lane in lanes for x in (*lane.fields.values(), *lane.extra.values())]
+        held = [x for lane in lanes for x in lane.tensors().values()]
         same = len(held) == len(self._captured) and all(
             ours is theirs for ours, theirs in zip(held, self._captured, strict=True)
         )

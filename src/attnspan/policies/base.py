@@ -23,14 +23,17 @@ class Held:
     Attributes:
         slots: number of held slots, `n`.
         memory: how many of them are pooled slots (they follow the policy's sinks).
-        scores: attention each slot has received since it came in, summed over the queries and the
-            query heads of its KV head, float32 `(batch, num_kv_heads, n)`; None unless the policy
-            asks for scores.
+        scores: attention each slot has received since it came in, from the queries that
+            `Policy.observed` names, summed over them and the query heads of its KV head, float32
+            `(batch, num_kv_heads, n)`; None unless the policy asks for scores.
+        norms: the length of each slot's key as it is held, float32 `(batch, num_kv_heads, n)`; None
+            unless the policy asks for norms.
     """
 
     slots: int
     memory: int = 0
     scores: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ class Policy(ABC):
     def needs_scores(self) -> bool:
         """Whether `decide` reads `Held.scores`."""
         return False
+
+    @property
+    def observed(self) -> int | None:
+        """Scores are of the last so many queries before a grid point alone; None: of all."""
+        return None
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether `decide` reads `Held.norms`."""
+        return False
+
+    def of_heads(self, count: int) -> tuple[Policy, ...]:
+        """The policy of each of a layer's `count` KV heads; here they all share this one."""
+        return (self,) * count
 
     @property
     def leading(self) -> int:
