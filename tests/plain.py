@@ -123,8 +123,9 @@ class PlainLayer:
             case Compressive():
                 return self.pooled(policy, held)
             case Tova(tokens=tokens):
+                like = [h for h in range(self.kv_heads) if self.policy_of(h) == policy]
                 total = {
-                    slot.position: sum(other[i].score for other in self.heads)
+                    slot.position: sum(self.heads[h][i].score for h in like)
                     for i, slot in enumerate(held)
                 }
                 best = sorted(held, key=lambda s: (-total[s.position], s.position))[: tokens - 1]
