@@ -2,7 +2,7 @@
 
 Every policy runs at a few budgets on the same prompts. A point is on the front of a measure where
 no other with as few bytes does as well. Retrieval heads are found first, on other text.
-Writes benchmarks/results/policies.json, about a quarter of an hour of one core; --report prints the
+Writes benchmarks/results/policies.json, some twelve minutes of one core; --report prints the
 tables of docs/policies.md from it.
 """
 
@@ -22,6 +22,7 @@ from record import RESULTS, write
 
 from attnspan.cache import Dense
 from attnspan.evaluation import heads
+from attnspan.evaluation.heads import Heads
 from attnspan.evaluation.loop import first_token
 from attnspan.evaluation.tasks import (
     CommonWords,
@@ -43,18 +44,18 @@ from attnspan.policies import (
     HeavyHitter,
     KeepAll,
     LowNorm,
-    PerHead,
     PerLayer,
     Policy,
     SinkWindow,
     SnapKV,
     Tova,
-    Window,
     pyramid,
 )
 
 LENGTH = 1024
-BUDGETS = (64, 128, 256, 512)
+BUDGETS = (64, 128, 256)
+LARGE = 512
+"""A budget for those that do best below it."""
 BLOCK = 16
 """Small enough that the slots of an unfinished block weigh little at the least budget."""
 SINKS = 4
@@ -97,7 +98,6 @@ def single(budget: int) -> dict[str, Policy]:
     picked, window = halves(budget)
     memory = budget // 4
     return {
-        "window": Window(budget),
         "sinks + window": streaming(budget),
         "heavy hitters": HeavyHitter(picked, window, BLOCK),
         "compressive": Compressive(budget - SINKS - memory - 3 + 1 - BLOCK, memory, 4, block=BLOCK),
@@ -107,38 +107,33 @@ def single(budget: int) -> dict[str, Policy]:
     }
 
 
-def points(retrieval: Sequence[Sequence[bool]]) -> Iterator[Point]:
-    """All that is measured; `retrieval` says of each layer's KV heads whether they retrieve."""
+def points(found: Heads, kv_heads: int) -> Iterator[Point]:
+    """All that is measured."""
+    retrieval = found.retrieving(kv_heads)
     layers = len(retrieval)
-
-    def split(far: Policy, near: Policy) -> PerLayer:
-        return PerLayer(
-            tuple(PerHead(tuple(far if yes else near for yes in layer)) for layer in retrieval)
-        )
-
     for budget in BUDGETS:
         for family, policy in single(budget).items():
             yield Point(family, budget, policy)
-    for budget in BUDGETS[:3]:
+    for family in ("sinks + window", "heavy hitters", "SnapKV"):
+        yield Point(family, LARGE, single(LARGE)[family])
+    for budget in BUDGETS[:2]:
         for family, last in (("pyramid", 0.5), ("pyramid, upside down", 1.5)):
             yield Point(family, budget, pyramid(streaming, budget, layers, last=last))
-    for budget in (32, *BUDGETS[:3]):
-        near, (picked, window) = streaming(budget), halves(max(64, budget))
-        full = tuple(KeepAll() if any(layer) else near for layer in retrieval)
-        yield Point("retrieval layers", budget, PerLayer(full))
-        yield Point("retrieval heads", budget, split(KeepAll(), near))
-        if budget in (64, 128):
-            snap = SnapKV(picked, window, observed=BLOCK, block=BLOCK)
-            yield Point("retrieval heads, others SnapKV", budget, split(KeepAll(), snap))
-    # Bounded, for streams without end: retrieval heads have 512 slots.
-    picked, window = halves(512)
-    for budget in (32, 64, 128):
-        for family, far in (
-            ("retrieval heads of 512", streaming(512)),
-            ("retrieval heads of 512, SnapKV", SnapKV(picked, window, BLOCK, block=BLOCK)),
-            ("retrieval heads of 512, heavy hitters", HeavyHitter(picked, window, BLOCK)),
-        ):
-            yield Point(family, budget, split(far, streaming(budget)))
+    for budget in (32, *BUDGETS):
+        near = streaming(budget)
+        yield Point("retrieval heads", budget, found.policy(kv_heads, KeepAll(), near))
+        if budget in BUDGETS[:2]:
+            full = tuple(KeepAll() if layer.any() else near for layer in retrieval)
+            yield Point("retrieval layers", budget, PerLayer(full))
+    yield Point(
+        "retrieval heads, others SnapKV",
+        64,
+        found.policy(kv_heads, KeepAll(), single(64)["SnapKV"]),
+    )
+    # Bounded, for streams without end.
+    for family in ("sinks + window", "SnapKV", "heavy hitters"):
+        name = f"retrieval heads of {LARGE}, {family}"
+        yield Point(name, 64, found.policy(kv_heads, single(LARGE)[family], streaming(64)))
 
 
 def bounded(policy: Policy | PerLayer) -> bool:
@@ -146,12 +141,11 @@ def bounded(policy: Policy | PerLayer) -> bool:
     return all(one.capacity is not None for one in each)
 
 
-def retrieval_heads(model: Any, tokenizer: Any) -> list[list[bool]]:
-    """KV heads some query head of which retrieves, as `attnspan doctor` has it."""
+def look(model: Any, tokenizer: Any) -> Heads:
+    """What the heads attend to on passages that no task uses."""
     bos = first_token(model, tokenizer)
     passages = StreamingNll().passages(tokenizer, bos, LENGTH, OTHER, OTHER_SEED)
-    found = heads.measure(model, [torch.tensor(p.ids) for p in passages], bos=bos).retrieval
-    return found.unflatten(1, (model.config.num_key_value_heads, -1)).any(-1).tolist()
+    return heads.measure(model, [torch.tensor(p.ids) for p in passages], bos=bos)
 
 
 def allocated(model: Any, policy: Policy | PerLayer) -> int:
@@ -285,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     model, tokenizer = load("bundled")
-    retrieval = retrieval_heads(model, tokenizer)
+    found, kv_heads = look(model, tokenizer), model.config.num_key_value_heads
     started = time.process_time()
     whole = measured(model, tokenizer, KeepAll(), None)
     chance = {
@@ -293,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, results in whole.items()
     }
     everything = Point("keep all", LENGTH, KeepAll())
-    chosen = [p for p in points(retrieval) if p.family.startswith(options.only or "")]
+    chosen = [p for p in points(found, kv_heads) if p.family.startswith(options.only or "")]
     rows = []
     for point in (everything, *chosen):
         check_bytes(model, point.policy)
@@ -315,12 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "examples": {task.name: count for task, count in TASKS},
         "settings": {n: [dict(r.setting) for r in results] for n, results in whole.items()},
         "chance": chance,
-        "retrieval_heads": [
-            [layer, head]
-            for layer, each in enumerate(retrieval)
-            for head, is_ in enumerate(each)
-            if is_
-        ],
+        "retrieval_heads": found.retrieving(kv_heads).nonzero().tolist(),
         "processor_seconds": round(time.process_time() - started),
         "rows": rows,
     }

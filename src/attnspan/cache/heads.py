@@ -162,7 +162,7 @@ class HeadLanes:
 
 
 def _places(heads: Sequence[int], share: int) -> slice | list[int]:
-    """Where `share` heads for each of `heads` stand; neighbours as a slice, which copies nothing."""
+    """Where `share` heads for each of `heads` stand; neighbours as a slice: no copy."""
     if heads[-1] - heads[0] == len(heads) - 1:
         return slice(heads[0] * share, (heads[-1] + 1) * share)
     return [head * share + i for head in heads for i in range(share)]

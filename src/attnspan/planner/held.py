@@ -116,13 +116,14 @@ def layer_policies(spec: ModelSpec, policy: Policy | PerLayer | None) -> tuple[P
         ValueError: the policy has another number of layers or heads, or looks past a layer's
             window.
     """
-    chosen = (policy or KeepAll(),) * spec.layers
     if isinstance(policy, PerLayer):
         if len(policy.policies) != spec.layers:
             raise ValueError(
                 f"policy has {len(policy.policies)} layers; the model's {spec.layers} are allowed"
             )
         chosen = policy.policies
+    else:
+        chosen = (policy or KeepAll(),) * spec.layers
     for each in set(chosen):
         if isinstance(each, PerHead) and spec.latent is not None:
             raise ValueError(
@@ -138,7 +139,6 @@ def layer_policies(spec: ModelSpec, policy: Policy | PerLayer | None) -> tuple[P
         if hybrid
         else _within(each, window, "chunks" if spec.chunked else "a sliding window")
         for each, window in zip(chosen, spec.windows, strict=True)
-        if not isinstance(each, PerLayer)
     )
 
 

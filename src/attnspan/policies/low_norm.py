@@ -9,7 +9,7 @@ from attnspan.policies.base import Decision, Held, Keep, Pick, Policy, check_cou
 
 @dataclass(frozen=True)
 class LowNorm(Policy):
-    """The first `sinks`, the `low` tokens with the shortest keys and the last `window`, per KV head.
+    """The first `sinks`, the `low` tokens with the shortest keys and the last `window`, per head.
 
     Short keys go with high attention, the paper found. It asks for no scores, so it costs what a
     window does. `window` counts the query's own token. Rotation leaves a key's length as it is.

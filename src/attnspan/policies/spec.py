@@ -51,9 +51,7 @@ def parse(text: str) -> Policy | PerLayer:
         inside = PerLayer if several[1] == "layers" else PerLayer | PerHead
         if any(isinstance(p, inside) for p in policies):
             wrong = next(str(p).partition("(")[0] for p in policies if isinstance(p, inside))
-            raise ValueError(
-                f"policy {spec!r}: {wrong}(...) can't stand inside {several[1]}(...)"
-            )
+            raise ValueError(f"policy {spec!r}: {wrong}(...) can't stand inside {several[1]}(...)")
         kind = PerLayer if several[1] == "layers" else PerHead
         return kind(tuple(p for p in policies if isinstance(p, Policy)))
     head, *options = [part.strip() for part in spec.split(",")]
