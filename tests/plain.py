@@ -16,12 +16,10 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
-    LowNorm,
     PerHead,
     Policy,
     SinkWindow,
     SnapKV,
-    Tova,
     Window,
 )
 
@@ -69,7 +67,7 @@ class PlainLayer:
 
     def counts(self, policy: Policy) -> bool:
         """Whether the attention of the query at `seen` counts."""
-        observed = {Tova: 1, SnapKV: getattr(policy, "observed", None)}.get(type(policy))
+        observed = policy.observed if isinstance(policy, SnapKV) else None
         left = policy.block - 1 - self.seen % policy.block  # queries to come in this block
         return observed is None or self.late <= left < observed + self.late
 
@@ -102,7 +100,7 @@ class PlainLayer:
         ]
         for h, held in enumerate(self.heads):
             policy = self.policy_of(h)
-            if isinstance(policy, Tova | SnapKV) and self.seen % policy.block == 0:
+            if isinstance(policy, SnapKV) and self.seen % policy.block == 0:
                 for slot in held:
                     slot.score = 0.0
         return out
@@ -122,14 +120,6 @@ class PlainLayer:
                 return sorted(best, key=lambda s: s.position) + recent
             case Compressive():
                 return self.pooled(policy, held)
-            case Tova(tokens=tokens):
-                like = [h for h in range(self.kv_heads) if self.policy_of(h) == policy]
-                total = {
-                    slot.position: sum(self.heads[h][i].score for h in like)
-                    for i, slot in enumerate(held)
-                }
-                best = sorted(held, key=lambda s: (-total[s.position], s.position))[: tokens - 1]
-                return sorted(best, key=lambda s: s.position)
             case SnapKV(heavy=heavy, window=window, neighbours=reach):
                 recent = [s for s in held if s.position > self.seen - window]
                 old = [s for s in held if s.position <= self.seen - window]
@@ -139,13 +129,6 @@ class PlainLayer:
                 }
                 best = sorted(old, key=lambda s: (-most[s.position], s.position))[:heavy]
                 return sorted(best, key=lambda s: s.position) + recent
-            case LowNorm(sinks=sinks, low=low, window=window):
-                first = [s for s in held if s.position < sinks]
-                recent = [s for s in held if s.position >= max(sinks, self.seen - window + 1)]
-                rest = [s for s in held if sinks <= s.position <= self.seen - window]
-                # To the digits of bfloat16: of equal tokens the latest, however their keys rounded.
-                best = sorted(rest, key=lambda s: (float(s.key.norm().bfloat16()), -s.position))
-                return first + sorted(best[:low], key=lambda s: s.position) + recent
         raise AssertionError(policy)
 
     def pooled(self, policy: Compressive, held: list[Slot]) -> list[Slot]:

@@ -33,12 +33,10 @@ if TYPE_CHECKING:
     from attnspan.policies import Compressive as Compressive
     from attnspan.policies import HeavyHitter as HeavyHitter
     from attnspan.policies import KeepAll as KeepAll
-    from attnspan.policies import LowNorm as LowNorm
     from attnspan.policies import PerHead as PerHead
     from attnspan.policies import PerLayer as PerLayer
     from attnspan.policies import SinkWindow as SinkWindow
     from attnspan.policies import SnapKV as SnapKV
-    from attnspan.policies import Tova as Tova
     from attnspan.policies import Window as Window
     from attnspan.policies import pyramid as pyramid
     from attnspan.ring import Contiguous as Contiguous
@@ -71,12 +69,10 @@ _HOMES = {
         "Compressive",
         "HeavyHitter",
         "KeepAll",
-        "LowNorm",
         "PerHead",
         "PerLayer",
         "SinkWindow",
         "SnapKV",
-        "Tova",
         "Window",
         "pyramid",
     ),

@@ -32,16 +32,12 @@ SPECS = (
     "compressive:window=5,memory=2,rate=2,pooling=conv(0.75/0.5),sinks=0,block=16",
     "compressive:window=4,memory=2,rate=1,block=16",
     "layers(sinks:2+window:6; heavy:4+window:5,block=4)",
-    "tova:9,block=1",
-    "tova:12,block=8",
     "snap:6+window:5,observed=3,block=8",
     "snap:6+window:1,observed=8,neighbours=0,block=8",
     "snap:5+window:4,observed=1,neighbours=9,block=1",
-    "sinks:2+norm:5+window:4,block=1",
-    "sinks:0+norm:9+window:1,block=8",
     "heads(keep-all; sinks:2+window:6)",
-    "heads(tova:9,block=4; heavy:5+window:4,block=8)",
-    "layers(heads(sinks:2+norm:5+window:4; snap:6+window:5,observed=3,block=8); window:9)",
+    "heads(snap:5+window:4,observed=2,block=4; heavy:5+window:4,block=8)",
+    "layers(heads(sinks:2+window:6; snap:6+window:5,observed=3,block=8); window:9)",
 )
 
 
@@ -101,8 +97,8 @@ def held_positions(lane) -> list[list[int] | None]:
     return lane.extra["positions"][0, :, : lane.tokens_held, 0].tolist()
 
 
-@pytest.mark.parametrize("spec", ["tova:12,block=8", "snap:6+window:5,observed=3,block=8"])
-def test_which_queries_count_is_seen(model, tokens, spec) -> None:
+def test_which_queries_count_is_seen(model, tokens) -> None:
+    spec = "snap:6+window:5,observed=3,block=8"
     plain = PlainLlama(model, parse(spec))
     plain.layers[1].late = 1
     _, cache = run(model, parse(spec), tokens, [TOKENS])
@@ -115,9 +111,7 @@ def test_which_queries_count_is_seen(model, tokens, spec) -> None:
     [
         "sinks:3+window:8",
         "heavy:5+window:6,block=1",
-        "tova:9,block=1",
         "snap:6+window:5,observed=3,block=8",
-        "sinks:2+norm:5+window:4,block=1",
         "heads(keep-all; sinks:2+window:6)",
     ],
 )

@@ -26,7 +26,7 @@ SPECS = (
     "heavy:4+window:5,block=4",
     "compressive:window=6,memory=3,rate=2,pooling=most-used,block=4",
     "snap:4+window:5,observed=2,block=4",
-    "heads(keep-all; sinks:2+norm:3+window:4,block=4)",
+    "heads(keep-all; heavy:3+window:4,block=4)",
 )
 STORAGES = (Dense(), Int8(), Int4(group=8))
 

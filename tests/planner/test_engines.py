@@ -31,13 +31,11 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
-    LowNorm,
     PerHead,
     PerLayer,
     Policy,
     SinkWindow,
     SnapKV,
-    Tova,
     Window,
 )
 from attnspan.policies.base import Held, Keep, Pick, Pool
@@ -50,9 +48,7 @@ POLICIES = st.one_of(
     st.builds(Window, _few, block=st.integers(1, 9)),
     st.builds(SinkWindow, st.integers(0, 80), _few, block=st.integers(1, 9)),
     st.builds(HeavyHitter, _few, _few, block=st.integers(1, 9)),
-    st.builds(Tova, st.integers(2, 40), block=st.integers(1, 9)),
     st.builds(SnapKV, _few, _few, observed=st.just(1), block=st.integers(1, 9)),
-    st.builds(LowNorm, st.integers(0, 80), _few, _few, block=st.integers(1, 9)),
     st.builds(
         Compressive,
         _few,
@@ -91,8 +87,8 @@ def simulated(policy: Policy, tokens: int) -> int:
             continue
         size = 0
         pooled = 0
-        scores = torch.zeros(1, 1, held)
-        decision = policy.decide(Held(held, memory, scores, norms=scores))
+        scores = torch.zeros(1, 1, held) if policy.needs_scores else None
+        decision = policy.decide(Held(held, memory, scores))
         for move in decision:
             match move:
                 case Keep(start, stop):
@@ -247,7 +243,7 @@ def test_attnspan_past_several_growths(attached: list[tuple[Any, ModelSpec]]) ->
         ((SinkWindow(0, 16), Int8()), (SinkWindow(4, 12), Int8())),
         ((HeavyHitter(8, 8), Dense()), (Compressive(8, 8, 1, sinks=0), Dense())),
         ((Window(12), Int4()), (Window(12), Int8())),
-        ((Tova(16), Dense()), (Window(79), Dense())),
+        ((SnapKV(8, 8), Dense()), (Window(79), Dense())),
         ((PerHead((Window(12), Window(8))), Dense()), (PerHead((Window(12),) * 2), Dense())),
     ],
 )

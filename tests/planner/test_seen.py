@@ -25,11 +25,9 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
-    LowNorm,
     Policy,
     SinkWindow,
     SnapKV,
-    Tova,
     Window,
 )
 from attnspan.policies.base import Held, Keep, Pick, Pool
@@ -42,8 +40,6 @@ policies = st.one_of(
     st.builds(SinkWindow, st.integers(0, 5), small, blocks),
     st.builds(HeavyHitter, small, small, blocks),
     st.builds(SnapKV, small, small, st.just(1), block=blocks),
-    st.builds(Tova, st.integers(2, 12), blocks),
-    st.builds(LowNorm, st.integers(0, 5), small, small, blocks),
     st.builds(Compressive, small, small, st.integers(1, 5), sinks=st.integers(0, 5), block=blocks),
 )
 patterns = st.one_of(
@@ -70,7 +66,7 @@ def streamed(policy: Policy, n: int) -> tuple[int, int, int]:
             continue
         alike = torch.zeros(1, 1, held)  # which are picked doesn't matter here
         sizes = []
-        for move in policy.decide(Held(held, memory, scores=alike, norms=alike)):
+        for move in policy.decide(Held(held, memory, scores=alike)):
             match move:
                 case Keep(start, stop):
                     sizes.append(max(0, stop - start))

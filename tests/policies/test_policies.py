@@ -11,12 +11,10 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
-    LowNorm,
     PerHead,
     PerLayer,
     SinkWindow,
     SnapKV,
-    Tova,
     Window,
     parse,
     parse_list,
@@ -31,11 +29,9 @@ single = st.one_of(
     st.builds(Window, size, size),
     st.builds(SinkWindow, none, size, size),
     st.builds(HeavyHitter, size, size, size),
-    st.builds(Tova, st.integers(2, 40), size),
     size.flatmap(
         lambda block: st.builds(SnapKV, size, size, st.integers(1, block), none, st.just(block))
     ),
-    st.builds(LowNorm, none, size, size, size),
     st.builds(
         Compressive, size, size, size, st.sampled_from(["mean", "max", "most-used"]), none, size
     ),
@@ -71,7 +67,7 @@ def test_what_is_held_never_passes_the_capacity(policy, tokens, random) -> None:
         if seen % policy.block:
             continue
         scores = torch.tensor([[[random.random() for _ in range(slots)]]])
-        decision = policy.decide(Held(slots, memory, scores, norms=scores))
+        decision = policy.decide(Held(slots, memory, scores))
         after, last = 0, 0
         for move in decision:
             match move:
@@ -104,13 +100,6 @@ def test_heavy_hitters_are_those_with_most_attention() -> None:
     assert keep == Keep(4, 6)
 
 
-def test_tova_sums_over_the_heads() -> None:
-    scores = torch.tensor([[[0.1, 0.5, 0.2, 0.2], [0.6, 0.1, 0.1, 0.2]]])
-    (pick,) = Tova(3).decide(Held(4, scores=scores))
-    assert pick.index.tolist() == [[[0, 1], [0, 1]]]
-    assert Tova(3).observed == 1
-
-
 def test_snap_keeps_the_neighbours_of_what_is_looked_at() -> None:
     scores = torch.tensor([[[0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 1.0, 5.0]]])
     pick, keep = SnapKV(heavy=3, window=2, neighbours=1).decide(Held(8, scores=scores))
@@ -120,18 +109,11 @@ def test_snap_keeps_the_neighbours_of_what_is_looked_at() -> None:
     assert pick.index.tolist() == [[[0, 2, 6]]]
 
 
-def test_low_norms_stay_and_of_equal_ones_the_latest() -> None:
-    norms = torch.tensor([[[9.0, 3.0, 1.0, 3.0, 3.0 + 1e-6, 0.1]]])
-    first, pick, last = LowNorm(sinks=1, low=2, window=2).decide(Held(6, norms=norms))
-    assert (first, last) == (Keep(0, 1), Keep(5, 6))
-    assert pick.index.tolist() == [[[2, 4]]]
-
-
 def test_heads_have_policies_of_their_own() -> None:
     heads = PerHead((KeepAll(), Window(4)))
     assert heads.of_heads(2) == (KeepAll(), Window(4))
     assert (heads.capacity, heads.band, heads.needs_scores) == (None, None, False)
-    assert PerHead((Tova(4), Window(99))).capacity == 99
+    assert PerHead((HeavyHitter(4, 4), Window(99))).capacity == 99
     assert Window(4).of_heads(3) == (Window(4),) * 3
     with pytest.raises(ValueError, match="has 2 heads; the layer's 3 KV heads are allowed"):
         heads.of_heads(3)
@@ -184,11 +166,8 @@ def test_a_wrong_pyramid_is_named() -> None:
         "heads(layers(window:4))",
         "heads(heads(window:4))",
         "heads()",
-        "tova",
-        "tova:4+window:4",
         "snap:4",
         "snap:4+window:4,neighbors=3",
-        "norm:4+window:4",
     ],
 )
 def test_a_wrong_spec_is_named_in_one_sentence(spec) -> None:
@@ -205,10 +184,8 @@ def test_a_wrong_spec_is_named_in_one_sentence(spec) -> None:
         ("window:4,block=0", "block is 0"),
         ("sinks:-1+window:4", "sinks is -1"),
         ("heavy:0+window:4", "heavy is 0"),
-        ("tova:1", "tokens is 1"),
         ("snap:4+window:4,observed=0", "observed is 0"),
         ("snap:4+window:4,observed=65", "observed is 65; at most block, 64"),
-        ("sinks:4+norm:0+window:4", "norm is 0"),
         ("heads(window:0; keep-all)", "window is 0"),
         ("compressive:window=4,memory=0,rate=2", "memory is 0"),
         ("compressive:window=4,memory=2,rate=2,pooling=median", "pooling is 'median'"),

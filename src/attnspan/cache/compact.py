@@ -117,7 +117,6 @@ class CompactLane(Lane):
                 slots=self.held,
                 memory=self.memory,
                 scores=None if scores is None else scores[:, :, : self.held, 0],
-                norms=self._norms() if self.policy.needs_norms else None,
             )
         )
         to = 0
@@ -147,10 +146,6 @@ class CompactLane(Lane):
             raw = sum(m.stop - m.start for m in decision[-1:] if isinstance(m, Keep))
             self.memory = to - raw - min(self.policy.leading, to)
         self.held = to
-
-    def _norms(self) -> Tensor:
-        key, _ = self._decode({name: x[:, :, : self.held] for name, x in self.fields.items()})
-        return key.float().norm(dim=-1)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         """Every tensor that has a row for each slot."""

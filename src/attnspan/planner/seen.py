@@ -14,11 +14,9 @@ from attnspan.policies.base import Policy
 from attnspan.policies.compressive import Compressive
 from attnspan.policies.heavy_hitter import HeavyHitter
 from attnspan.policies.keep_all import KeepAll
-from attnspan.policies.low_norm import LowNorm
 from attnspan.policies.per_head import PerHead
 from attnspan.policies.sink_window import SinkWindow
 from attnspan.policies.snap_kv import SnapKV
-from attnspan.policies.tova import Tova
 from attnspan.policies.window import Window
 
 if TYPE_CHECKING:
@@ -234,10 +232,8 @@ def of_policy(policy: Policy) -> View:
             return Capped(window - 1, block)
         case SinkWindow(sinks, window, block):
             return Capped(sinks + window - 1, block)
-        case HeavyHitter(heavy, window, block):
+        case HeavyHitter(heavy, window, block) | SnapKV(heavy, window, block=block):
             return Capped(heavy + window - 1, block)
-        case Tova() | SnapKV() | LowNorm():
-            return Capped(policy.capacity - policy.block, policy.block)
         case Compressive():
             return Pooled(policy)
         case PerHead():

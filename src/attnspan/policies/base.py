@@ -26,14 +26,11 @@ class Held:
         scores: attention each slot has received since it came in, from the queries that
             `Policy.observed` names, summed over them and the query heads of its KV head, float32
             `(batch, num_kv_heads, n)`; None unless the policy asks for scores.
-        norms: the length of each slot's key as it is held, float32 `(batch, num_kv_heads, n)`; None
-            unless the policy asks for norms.
     """
 
     slots: int
     memory: int = 0
     scores: Tensor | None = None
-    norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,6 @@ class Policy(ABC):
     def observed(self) -> int | None:
         """Scores are of the last so many queries before a grid point alone; None: of all."""
         return None
-
-    @property
-    def needs_norms(self) -> bool:
-        """Whether `decide` reads `Held.norms`."""
-        return False
 
     def of_heads(self, count: int) -> tuple[Policy, ...]:
         """The policy of each of a layer's `count` KV heads; here they all share this one."""

@@ -1,4 +1,4 @@
-"""Budgets that shrink with depth: PyramidKV (https://arxiv.org/abs/2406.02069)."""
+"""Budgets that change with depth: PyramidKV (https://arxiv.org/abs/2406.02069)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def pyramid(
         tokens: of a layer on average; all layers together have `tokens * layers`.
         layers: of the model.
         last: the last layer's budget, in parts of the average: from 0 to 2. The first one's is
-            `2 - last`, so 1 makes all equal, and more than 1 turns the pyramid upside down. The
-            paper's is 1/beta, with a beta of 20 and less.
+            `2 - last`, so 1 makes all equal, and more than 1 turns the pyramid upside down: the
+            bundled model, which retrieves in late layers, does better so. The paper's is 1/beta,
+            with a beta of 20 and less.
 
     Raises:
         ValueError: a size is wrong, or a budget too small for `make`.

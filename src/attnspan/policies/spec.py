@@ -9,12 +9,10 @@ from attnspan.policies.base import Policy
 from attnspan.policies.compressive import Compressive
 from attnspan.policies.heavy_hitter import HeavyHitter
 from attnspan.policies.keep_all import KeepAll
-from attnspan.policies.low_norm import LowNorm
 from attnspan.policies.per_head import PerHead
 from attnspan.policies.per_layer import PerLayer
 from attnspan.policies.sink_window import SinkWindow
 from attnspan.policies.snap_kv import SnapKV
-from attnspan.policies.tova import Tova
 from attnspan.policies.window import Window
 
 FORMS = (
@@ -22,15 +20,11 @@ FORMS = (
     "window:1024",
     "sinks:4+window:1020",
     "heavy:512+window:512",
-    "tova:512",
     "snap:448+window:64",
-    "sinks:4+norm:252+window:256",
     "compressive:window=512,memory=256,rate=4",
     "heads(SPEC; SPEC; ...)",
     "layers(SPEC; SPEC; ...)",
 )
-# Where the name in a SPEC isn't the size's own.
-_NAMES = {"tova": "tokens", "snap": "heavy", "norm": "low"}
 
 
 def parse(text: str) -> Policy | PerLayer:
@@ -65,15 +59,13 @@ def parse(text: str) -> Policy | PerLayer:
         ("window",): Window,
         ("sinks", "window"): SinkWindow,
         ("heavy", "window"): HeavyHitter,
-        ("tova",): Tova,
         ("snap", "window"): SnapKV,
-        ("sinks", "norm", "window"): LowNorm,
     }
     if names not in kinds:
         raise _wrong(spec)
-    sizes = [part.partition(":") for part in counts]
-    pairs = [f"{_NAMES.get(name.strip(), name)}={size}" for name, _, size in sizes]
-    return _build(spec, kinds[names], pairs + options)
+    if names[0] == "snap":
+        counts[0] = counts[0].replace("snap", "heavy", 1)
+    return _build(spec, kinds[names], [part.replace(":", "=", 1) for part in counts] + options)
 
 
 def parse_list(text: str) -> list[Policy | PerLayer]:
