@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnspan.policies import Compressive, HeavyHitter, KeepAll, Policy, SinkWindow, Window
+from attnspan.policies import (
+    Compressive,
+    HeavyHitter,
+    KeepAll,
+    PerHead,
+    Policy,
+    SinkWindow,
+    SnapKV,
+    Window,
+)
 
 
 @dataclass
@@ -47,15 +56,27 @@ class PlainLayer:
     seen: int = 0
     heads: list[list[Slot]] = field(default_factory=list)
     forget: int | None = None  # a mutation: drop this stream position as soon as it is held
+    # A mutation: what stays is decided by the queries up to so many before those that count.
+    late: int = 0
 
     def __post_init__(self) -> None:
         self.heads = [[] for _ in range(self.kv_heads)]
+
+    def policy_of(self, head: int) -> Policy:
+        return self.policy.policies[head] if isinstance(self.policy, PerHead) else self.policy
+
+    def counts(self, policy: Policy) -> bool:
+        """Whether the attention of the query at `seen` counts."""
+        observed = policy.observed if isinstance(policy, SnapKV) else None
+        left = policy.block - 1 - self.seen % policy.block  # queries to come in this block
+        return observed is None or self.late <= left < observed + self.late
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q` (heads, dim), `k` and `v` (kv_heads, dim), un-rotated, of the next token."""
         groups = q.shape[0] // self.kv_heads
         out = torch.zeros_like(q)
         for h, held in enumerate(self.heads):
+            counts = self.counts(self.policy_of(h))
             held.append(Slot(self.seen, k[h], v[h]))
             if self.forget is not None:
                 held[:] = [s for s in held if s.position != self.forget or s is held[-1]]
@@ -70,16 +91,22 @@ class PlainLayer:
                 weights = [math.exp(x - top) for x in logits]
                 total = sum(weights)
                 for slot, weight in zip(held, weights, strict=True):
-                    slot.score += weight / total
+                    slot.score += weight / total if counts else 0.0
                     out[h * groups + g] += weight / total * slot.value
         self.seen += 1
-        if self.seen % self.policy.block == 0:
-            for h in range(self.kv_heads):
-                self.heads[h] = self.kept(self.heads[h])
+        self.heads = [
+            held if self.seen % self.policy_of(h).block else self.kept(self.policy_of(h), held)
+            for h, held in enumerate(self.heads)
+        ]
+        for h, held in enumerate(self.heads):
+            policy = self.policy_of(h)
+            if isinstance(policy, SnapKV) and self.seen % policy.block == 0:
+                for slot in held:
+                    slot.score = 0.0
         return out
 
-    def kept(self, held: list[Slot]) -> list[Slot]:
-        match self.policy:
+    def kept(self, policy: Policy, held: list[Slot]) -> list[Slot]:
+        match policy:
             case KeepAll():
                 return held
             case Window(window=window):
@@ -92,11 +119,19 @@ class PlainLayer:
                 best = sorted(old, key=lambda s: (-s.score, s.position))[:heavy]
                 return sorted(best, key=lambda s: s.position) + recent
             case Compressive():
-                return self.pooled(held)
-        raise AssertionError(self.policy)
+                return self.pooled(policy, held)
+            case SnapKV(heavy=heavy, window=window, neighbours=reach):
+                recent = [s for s in held if s.position > self.seen - window]
+                old = [s for s in held if s.position <= self.seen - window]
+                most = {
+                    s.position: max(o.score for o in old[max(0, i - reach) : i + reach + 1])
+                    for i, s in enumerate(old)
+                }
+                best = sorted(old, key=lambda s: (-most[s.position], s.position))[:heavy]
+                return sorted(best, key=lambda s: s.position) + recent
+        raise AssertionError(policy)
 
-    def pooled(self, held: list[Slot]) -> list[Slot]:
-        policy = self.policy
+    def pooled(self, policy: Compressive, held: list[Slot]) -> list[Slot]:
         sinks = [s for s in held if s.position < policy.sinks]
         memory = [s for s in held if s.pooled]
         raw = [s for s in held if not s.pooled and s.position >= policy.sinks]

@@ -9,6 +9,7 @@ penalty that makes the bundled model's sinks is left out. Needs a CUDA device fo
 import argparse
 import json
 import math
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -89,20 +90,35 @@ class Masters:
             torch._foreach_copy_(self.rounded, self.exact)
 
 
+def compiled_parts(model: LlamaForCausalLM, variant: Variant) -> list[nn.Module]:
+    """What goes through torch.compile: whole layers, or all of them but attention."""
+    if variant.fused:
+        return list(model.model.layers)
+    return [
+        part
+        for layer in model.model.layers
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+    ]
+
+
 def mean_nll(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(hidden, embedding).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def train(
-    model: LlamaForCausalLM, texts: Texts, recipe: Recipe, seed: int, log: Callable[[str], None]
+    model: LlamaForCausalLM,
+    variant: Variant,
+    texts: Texts,
+    recipe: Recipe,
+    seed: int,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train in place, `model` running as its variant says; returns the log's figures and speed."""
-    on_gpu = model.device.type == "cuda"
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor] = mean_nll
-    if on_gpu:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+    if model.device.type == "cuda":
+        for part in compiled_parts(model, variant):
+            part.compile(fullgraph=True, dynamic=False)
         loss_of = torch.compile(mean_nll, fullgraph=True, dynamic=False)
     masters = Masters(model, recipe)
     embedding = model.get_input_embeddings().weight
@@ -148,10 +164,12 @@ def run(
     }
     held_out = {"python": texts.python_held_out, "english": texts.english_held_out}
     with torch._dynamo.config.patch(recompile_limit=64), running(model, variant):
-        trained = train(model, texts, recipe, seed, lambda line: log(f"{name}:{seed} {line}"))
+        trained = train(
+            model, variant, texts, recipe, seed, lambda line: log(f"{name}:{seed} {line}")
+        )
         torch._dynamo.reset()
-        for layer in model.model.layers:
-            layer._compiled_call_impl = None  # prompts have many lengths
+        for part in compiled_parts(model, variant):
+            part._compiled_call_impl = None  # prompts have many lengths
         model.eval()
         found = score(model, tokenizer, held_out, **options)
     log(
@@ -199,12 +217,21 @@ def main() -> None:
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+    failed = []
     for name, seed in runs:
-        figures, model = run(name, known[name], int(seed), texts, recipe, tokenizer, log)
+        try:
+            figures, model = run(name, known[name], int(seed), texts, recipe, tokenizer, log)
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            # The runs that come after can do without this one.
+            log(f"{name}:{seed} failed: {error}")
+            failed.append(f"{name}:{seed}")
+            continue
         if name == "full" and given.applied:
             figures["applied"] = applied(model, known, texts, recipe)
         path = given.out / f"{name}-{seed}.json"
         path.write_text(json.dumps(made | figures) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def applied(

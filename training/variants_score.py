@@ -128,5 +128,8 @@ def score(
     found["tasks"] = tasks(model, tokenizer, length, examples)
     if sequences:
         ids = next(iter(texts.values())).spread(sequences, length)[:, :-1]
-        found["reach"] = reach.measure(model, ids).as_dict()
+        try:
+            found["reach"] = reach.measure(model, ids).as_dict()
+        except ArithmeticError as error:
+            found["reach"] = {"failed": str(error)}
     return found

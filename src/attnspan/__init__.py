@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from attnspan.policies import Compressive as Compressive
     from attnspan.policies import HeavyHitter as HeavyHitter
     from attnspan.policies import KeepAll as KeepAll
+    from attnspan.policies import PerHead as PerHead
     from attnspan.policies import PerLayer as PerLayer
     from attnspan.policies import SinkWindow as SinkWindow
+    from attnspan.policies import SnapKV as SnapKV
     from attnspan.policies import Window as Window
+    from attnspan.policies import pyramid as pyramid
     from attnspan.ring import Contiguous as Contiguous
     from attnspan.ring import Ring as Ring
     from attnspan.ring import RingMismatch as RingMismatch
@@ -62,7 +65,17 @@ _HOMES = {
         "Strided",
     ),
     "planner.plan": ("plan",),
-    "policies": ("Compressive", "HeavyHitter", "KeepAll", "PerLayer", "SinkWindow", "Window"),
+    "policies": (
+        "Compressive",
+        "HeavyHitter",
+        "KeepAll",
+        "PerHead",
+        "PerLayer",
+        "SinkWindow",
+        "SnapKV",
+        "Window",
+        "pyramid",
+    ),
     "ring": (
         "Contiguous",
         "Ring",

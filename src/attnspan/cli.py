@@ -59,8 +59,8 @@ DEMO = (
     "compressive:window=314,memory=128,rate=4"
 )
 SPEC = (
-    "SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512 or "
-    "compressive:window=512,memory=256,rate=4."
+    "SPEC is keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512, "
+    "compressive:window=512,memory=256,rate=4, or another of docs/policies.md."
 )
 
 _model = click.option(

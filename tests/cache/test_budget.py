@@ -25,6 +25,7 @@ SPECS = (
     "sinks:4+window:700",
     "heavy:60+window:40",
     "compressive:window=100,memory=50,rate=4,pooling=most-used",
+    "heads(sinks:4+window:700; snap:60+window:40)",
 )
 
 

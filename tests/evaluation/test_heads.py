@@ -7,6 +7,7 @@ from tiny import random_ids, tiny
 from attnspan.evaluation import bands, heads
 from attnspan.models import attach
 from attnspan.models.anatomy import anatomy_of
+from attnspan.policies import KeepAll, PerHead, PerLayer, SinkWindow
 
 FAMILIES = ["llama", "mistral-sliding", "gemma3", "gpt_oss", "qwen3", "cohere2", "granite"]
 N = 100
@@ -109,6 +110,13 @@ def test_kinds_of_heads():
     assert told["retrieval_heads"] == [[0, 1], [0, 2]]
     assert told["local_heads"] == [[0, 0]]
     assert told["sink_share"] == 0.25
+    # Two query heads share a KV head: the first and the second retrieve.
+    assert found.retrieving(2).tolist() == [[True, True]]
+    assert found.retrieving(4).tolist() == [[False, True, True, False]]
+    far, near_policy = KeepAll(), SinkWindow(4, 60)
+    assert found.policy(2, far, near_policy) == PerLayer((far,))
+    heads_of = PerHead((near_policy, far, far, near_policy))
+    assert found.policy(4, far, near_policy) == PerLayer((heads_of,))
 
 
 def test_a_wrong_mask_is_refused():

@@ -12,6 +12,7 @@ import transformers
 from tiny import COMMON, random_ids, tiny, tiny_llama
 
 from attnspan.cache import Dense, Int4, Int8
+from attnspan.cache.lane import Lane
 from attnspan.models import Cache, attach
 from attnspan.models.budget import planned_bytes
 from attnspan.patterns import SlidingWindow
@@ -24,6 +25,8 @@ SPECS = (
     "sinks:2+window:7,block=4",
     "heavy:4+window:5,block=4",
     "compressive:window=6,memory=3,rate=2,pooling=most-used,block=4",
+    "snap:4+window:5,observed=2,block=4",
+    "heads(keep-all; heavy:3+window:4,block=4)",
 )
 STORAGES = (Dense(), Int8(), Int4(group=8))
 
@@ -276,6 +279,37 @@ def test_layers_may_have_budgets_of_their_own(model) -> None:
             Cache(model, parse("layers(window:4)"))
 
 
+def test_heads_may_have_budgets_of_their_own(model) -> None:
+    ids = random_ids(30)
+    with attach(model):
+        cache = Cache(model, parse("layers(heads(keep-all; window:4); heads(window:4; window:4))"))
+        logits(model, cache, ids)
+        first, second = (c.lanes[0] for c in cache.caches)
+        assert [lane.tokens_held for lane in first.lanes] == [30, 4]
+        assert (first.tokens_held, second.tokens_held) == (30, 4)
+        assert isinstance(second, Lane), "heads that are alike share a lane"
+        with pytest.raises(ValueError, match="has 3 heads; the layer's 2 KV heads are allowed"):
+            Cache(model, parse("heads(keep-all; window:4; window:4)"))
+        tensors, meta = cache.state()
+        for heads in (None, [], [{"batch": 1, "seen": 30}] * 3, [{"batch": 1, "seen": 29}] * 2):
+            layers = [[counts[0] | {"heads": heads}, *counts[1:]] for counts in meta["layers"]]
+            with pytest.raises(ValueError, match="the counts of a layer's heads are missing"):
+                Cache(model, cache.policy).load_state(tensors, meta | {"layers": layers})
+        stray = tensors | {"0.0.2.fields.key": tensors["0.0.0.fields.key"]}
+        with pytest.raises(ValueError, match="of no heads of this layer"):
+            Cache(model, cache.policy).load_state(stray, meta)
+
+
+def test_heads_within_a_budget_of_bytes(model) -> None:
+    policy = parse("heads(keep-all; sinks:2+window:20)")
+    with attach(model), torch.inference_mode():
+        cache = Cache(model, policy, max_bytes=4_000_000)
+        with pytest.raises(RuntimeError, match="all that max_bytes allows"):
+            stream(model, cache, random_ids(20_000))
+        assert cache.peak_bytes <= 4_000_000
+        assert min(lane.tokens_held for c in cache.caches for lane in c.lanes[0].lanes) == 22
+
+
 def test_hybrid_models_keep_the_band_they_were_trained_with() -> None:
     hybrid, ids = tiny("gemma3"), random_ids(40)
     with attach(hybrid):
@@ -351,8 +385,9 @@ def test_without_a_cache_of_ours_nothing_changes(model) -> None:
         assert torch.equal(generated, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("policy", ["heavy:4+window:5", "heads(keep-all; heavy:4+window:5)"])
 @pytest.mark.parametrize("family", ["granite", "gpt_oss", "gemma2"])
-def test_undoing_runs_forward_again_with_the_layers_own_options(family) -> None:
+def test_undoing_runs_forward_again_with_the_layers_own_options(family, policy) -> None:
     # granite scales by its own factor, gpt_oss has learned sinks, gemma2 caps its logits: heavy
     # hitters are found by the weights that come of that.
     if family == "gemma2":
@@ -364,7 +399,7 @@ def test_undoing_runs_forward_again_with_the_layers_own_options(family) -> None:
         model = transformers.Gemma2ForCausalLM(config).eval()
     else:
         model = tiny(family)
-    policy, ids = parse("heavy:4+window:5"), random_ids(40)
+    policy, ids = parse(policy), random_ids(40)
     with attach(model):
         cache, straight = Cache(model, policy, rollback=9), Cache(model, policy)
         logits(model, cache, ids)

@@ -18,6 +18,7 @@ SPECS = (
     "window:9,block=4",
     "sinks:3+window:8",
     "sinks:3+window:8,block=5",
+    "heads(keep-all; sinks:3+window:8)",
 )
 STORAGES = (Dense(), Int8(), Int4(group=8))
 PREFIX, TOKENS = 80, 120  # int4's means are known after 64 tokens past the sinks
@@ -86,6 +87,7 @@ def test_other_families_step_by_a_clock(family) -> None:
         ("window:9", Dense(), 0, "is empty"),
         ("heavy:4+window:5", Dense(), 20, "decides on the host"),
         ("compressive:window=6,memory=3,rate=2", Dense(), 20, "decides on the host"),
+        ("heads(window:9; heavy:4+window:5)", Dense(), 20, "decides on the host"),
         ("sinks:4+window:9", Dense(), 3, "the first 4 tokens go in otherwise, and 3 are in"),
         ("window:9", Int4(group=8), 20, "the first 68 tokens go in otherwise"),
     ],

@@ -24,6 +24,8 @@ SPECS = (
     "sinks:2+window:7",
     "heavy:4+window:5,block=4",
     "compressive:window=6,memory=3,rate=2,pooling=most-used,block=4",
+    "snap:4+window:5,observed=2,block=4",
+    "heads(keep-all; heavy:3+window:4,block=4)",
 )
 # Blocks move where a window ends, and pools other slots than the newest: all the ways of a view.
 WIDE_SPECS = (*SPECS, "window:9,block=4", "sinks:3+window:8,block=5")

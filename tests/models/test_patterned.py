@@ -205,6 +205,19 @@ def test_autocast_is_honoured_as_by_the_untouched_model(family) -> None:
         assert distance(outside[name], exact_grads[name]) < allowed, name
 
 
+# The compiler's own: it asks tensors for a gradient, and imports what may be deprecated already.
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
+def test_layers_compile_without_a_break() -> None:
+    model, ids = tiny_llama().train(), random_ids(N, batch=2)
+    with attach(model, SlidingWindow(8)):
+        _, plain = gradients(model, input_ids=ids, labels=ids)
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="eager")
+        _, compiled = gradients(model, input_ids=ids, labels=ids)
+    for name, grad in plain.items():
+        torch.testing.assert_close(compiled[name], grad, **CLOSE)
+
+
 def distance(x: Tensor, exact: Tensor) -> float:
     """The error's norm, as a share of the exact one's."""
     return float((x.float() - exact).norm() / exact.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from planned import EAGER_ONLY, FAMILIES, planned
 from transformers import DynamicCache
 
 from attnspan.evaluation.verify import PEAK, held_bytes, peak_bytes
+from attnspan.models import bundled
 from attnspan.planner import phases
 from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
@@ -225,13 +227,17 @@ def test_a_gpu_has_no_tiles_in_memory() -> None:
     }
     tile = 256 * (512 + 2 + 128) * 4 + 256 * 512 * 2
     assert steps[2]["attention"] - steps[None]["attention"] == 2 * tile
-    # bf16 scores, and fp32 probabilities; a CPU copies the scores to fp32 before.
-    pairs = 32 * 1000 * 1000
-    eager = {
-        t: prefill_peak(spec, 1000, attention="standard", threads=t, **sizes) for t in (None, 1)
-    }
-    assert eager[None].working == pairs * (2 + 4)
-    assert eager[1].working == pairs * (2 + 4 + 4)
+    # bf16 scores, their copy in fp32, and fp32 probabilities.
+    peak = prefill_peak(spec, 1000, attention="standard", threads=None, **sizes)
+    assert peak.working == 32 * 1000 * 1000 * (2 + 4 + 4)
+
+
+def test_what_a_gpu_allocated() -> None:
+    """The bundled model's prefill of 1,024 tokens with eager attention: measured on an H200."""
+    spec = from_config(json.loads((bundled.path() / "config.json").read_text()))
+    sizes: dict[str, Any] = {"itemsize": 2, "engine": "transformers", "threads": None}
+    assert prefill_peak(spec, 1024, attention="standard", **sizes).bytes == 47_456_256
+    assert prefill_peak(spec, 1024, **sizes).bytes == 12_132_352 - 5_242_880
 
 
 def test_families_that_were_not_followed_say_so() -> None:

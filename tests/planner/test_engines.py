@@ -31,9 +31,11 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
+    PerHead,
     PerLayer,
     Policy,
     SinkWindow,
+    SnapKV,
     Window,
 )
 from attnspan.policies.base import Held, Keep, Pick, Pool
@@ -46,6 +48,7 @@ POLICIES = st.one_of(
     st.builds(Window, _few, block=st.integers(1, 9)),
     st.builds(SinkWindow, st.integers(0, 80), _few, block=st.integers(1, 9)),
     st.builds(HeavyHitter, _few, _few, block=st.integers(1, 9)),
+    st.builds(SnapKV, _few, _few, observed=st.just(1), block=st.integers(1, 9)),
     st.builds(
         Compressive,
         _few,
@@ -56,6 +59,8 @@ POLICIES = st.one_of(
         pooling=st.sampled_from(("mean", "most-used")),
     ),
 )
+PAIRS = st.tuples(POLICIES, POLICIES).map(PerHead)
+"""Of a layer with two KV heads."""
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128, 256])
@@ -134,6 +139,21 @@ def test_theory_by_hand() -> None:
     assert cache_bytes(model("deepseek-v3"), 10, batch=3).total == 3 * 10 * 61 * 576 * 2
 
 
+def test_heads_hold_what_their_own_policies_leave() -> None:
+    spec = replace(model("mistral-7b"), layers=2, kv_heads=3, windows=(None, 12))
+    heads = PerHead((KeepAll(), SinkWindow(4, 6), SinkWindow(4, 6)))
+    full, sliding = cache_bytes(spec, 100, policy=heads).layers
+    # A head of 128 in bf16: 512 bytes a token.
+    assert (full.slots, full.bytes) == (100, 512 * (100 + 10 + 10))
+    assert (sliding.slots, sliding.bytes) == (12, 512 * 3 * 12)
+    with pytest.raises(ValueError, match="has 3 heads; the layer's 8 KV heads are allowed"):
+        cache_bytes(model("mistral-7b"), 100, policy=heads)
+    with pytest.raises(ValueError, match="share one latent"):
+        cache_bytes(model("deepseek-v3"), 100, policy=heads)
+    with pytest.raises(ValueError, match="what heads with policies of their own read isn't"):
+        span.plan(spec, context=100, policy=heads)
+
+
 def test_a_policy_acts_on_full_layers_alone_in_a_hybrid_model() -> None:
     spec = replace(model("mistral-7b"), layers=4, windows=(12, None, 12, None))
     held = cache_bytes(spec, 100, policy=SinkWindow(4, 20))
@@ -185,7 +205,7 @@ def attached() -> Iterator[list[tuple[Any, ModelSpec]]]:
 @given(data=st.data())
 def test_attnspan_to_the_byte(attached: list[tuple[Any, ModelSpec]], data: st.DataObject) -> None:
     loaded, spec = data.draw(st.sampled_from(attached))
-    policy, storage = data.draw(POLICIES), data.draw(st.sampled_from(STORAGES))
+    policy, storage = data.draw(POLICIES | PAIRS), data.draw(st.sampled_from(STORAGES))
     batch = data.draw(st.integers(1, 3))
     # Calls of any size, past int4's warm-up and past where a buffer without a bound grows.
     calls = data.draw(st.lists(st.sampled_from((1, 2, 30, 66, 257, 300)), min_size=1, max_size=4))
@@ -223,6 +243,8 @@ def test_attnspan_past_several_growths(attached: list[tuple[Any, ModelSpec]]) ->
         ((SinkWindow(0, 16), Int8()), (SinkWindow(4, 12), Int8())),
         ((HeavyHitter(8, 8), Dense()), (Compressive(8, 8, 1, sinks=0), Dense())),
         ((Window(12), Int4()), (Window(12), Int8())),
+        ((SnapKV(8, 8), Dense()), (Window(79), Dense())),
+        ((PerHead((Window(12), Window(8))), Dense()), (PerHead((Window(12),) * 2), Dense())),
     ],
 )
 def test_a_plan_of_another_cache_is_off(

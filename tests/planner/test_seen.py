@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +21,16 @@ from attnspan.patterns import (
     Strided,
 )
 from attnspan.planner.seen import Capped, Chunks, View, of_pattern, of_policy, of_window
-from attnspan.policies import Compressive, HeavyHitter, KeepAll, Policy, SinkWindow, Window
-from attnspan.policies.base import Held, Keep, Pool
+from attnspan.policies import (
+    Compressive,
+    HeavyHitter,
+    KeepAll,
+    Policy,
+    SinkWindow,
+    SnapKV,
+    Window,
+)
+from attnspan.policies.base import Held, Keep, Pick, Pool
 
 small = st.integers(1, 12)
 blocks = st.sampled_from([1, 1, 2, 3, 7, 8])
@@ -30,6 +39,7 @@ policies = st.one_of(
     st.builds(Window, small, blocks),
     st.builds(SinkWindow, st.integers(0, 5), small, blocks),
     st.builds(HeavyHitter, small, small, blocks),
+    st.builds(SnapKV, small, small, st.just(1), block=blocks),
     st.builds(Compressive, small, small, st.integers(1, 5), sinks=st.integers(0, 5), block=blocks),
 )
 patterns = st.one_of(
@@ -54,15 +64,16 @@ def streamed(policy: Policy, n: int) -> tuple[int, int, int]:
         last, pairs, most = held, pairs + held, max(most, held)
         if seen % policy.block:
             continue
-        if isinstance(policy, HeavyHitter):  # it picks by scores; how many is all that counts
-            held = min(held, policy.heavy + policy.window - 1)
-            continue
-        moves = policy.decide(Held(held, memory))
-        sizes = [
-            move.groups if isinstance(move, Pool) else max(0, move.stop - move.start)
-            for move in moves
-            if isinstance(move, Pool | Keep)
-        ]
+        alike = torch.zeros(1, 1, held)  # which are picked doesn't matter here
+        sizes = []
+        for move in policy.decide(Held(held, memory, scores=alike)):
+            match move:
+                case Keep(start, stop):
+                    sizes.append(max(0, stop - start))
+                case Pick(index):
+                    sizes.append(index.shape[-1])
+                case Pool():
+                    sizes.append(move.groups)
         if isinstance(policy, Compressive):
             memory = sum(sizes[1:-1])
         held = sum(sizes)

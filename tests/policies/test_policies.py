@@ -11,26 +11,33 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
+    PerHead,
     PerLayer,
     SinkWindow,
+    SnapKV,
     Window,
     parse,
     parse_list,
+    pyramid,
 )
 from attnspan.policies.base import Held, Keep, Pick, Pool
 
 size, none = st.integers(1, 40), st.integers(0, 8)
 weights = st.lists(st.floats(-2, 2), min_size=1, max_size=4).map(tuple)
-policies = st.one_of(
+single = st.one_of(
     st.just(KeepAll()),
     st.builds(Window, size, size),
     st.builds(SinkWindow, none, size, size),
     st.builds(HeavyHitter, size, size, size),
+    size.flatmap(
+        lambda block: st.builds(SnapKV, size, size, st.integers(1, block), none, st.just(block))
+    ),
     st.builds(
         Compressive, size, size, size, st.sampled_from(["mean", "max", "most-used"]), none, size
     ),
     weights.flatmap(lambda w: st.builds(Compressive, size, size, st.just(len(w)), st.just(w))),
 )
+policies = single | st.lists(single, min_size=1, max_size=3).map(lambda some: PerHead(tuple(some)))
 
 
 @settings(deadline=None, max_examples=200)
@@ -50,7 +57,7 @@ def test_lists_and_layers_read_as_they_print(chosen) -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(policies, st.integers(1, 200), st.randoms())
+@given(single, st.integers(1, 200), st.randoms())
 def test_what_is_held_never_passes_the_capacity(policy, tokens, random) -> None:
     slots = memory = 0
     for seen in range(1, tokens + 1):
@@ -70,7 +77,8 @@ def test_what_is_held_never_passes_the_capacity(policy, tokens, random) -> None:
                 case Pick(index):
                     flat = index.flatten().tolist()
                     assert flat == sorted(set(flat))
-                    after, last = after + len(flat), last
+                    assert last <= flat[0]
+                    after, last = after + len(flat), flat[-1] + 1
                 case Pool(start, groups, rate, _):
                     assert last <= start
                     after, last = after + groups, max(last, start + groups * rate)
@@ -92,6 +100,50 @@ def test_heavy_hitters_are_those_with_most_attention() -> None:
     assert keep == Keep(4, 6)
 
 
+def test_snap_keeps_the_neighbours_of_what_is_looked_at() -> None:
+    scores = torch.tensor([[[0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 1.0, 5.0]]])
+    pick, keep = SnapKV(heavy=3, window=2, neighbours=1).decide(Held(8, scores=scores))
+    assert pick.index.tolist() == [[[1, 2, 3]]]
+    assert keep == Keep(7, 8)
+    pick, _ = SnapKV(heavy=3, window=2, neighbours=0).decide(Held(8, scores=scores))
+    assert pick.index.tolist() == [[[0, 2, 6]]]
+
+
+def test_heads_have_policies_of_their_own() -> None:
+    heads = PerHead((KeepAll(), Window(4)))
+    assert heads.of_heads(2) == (KeepAll(), Window(4))
+    assert (heads.capacity, heads.band, heads.needs_scores) == (None, None, False)
+    assert PerHead((HeavyHitter(4, 4), Window(99))).capacity == 99
+    assert Window(4).of_heads(3) == (Window(4),) * 3
+    with pytest.raises(ValueError, match="has 2 heads; the layer's 3 KV heads are allowed"):
+        heads.of_heads(3)
+    with pytest.raises(TypeError, match="their policies decide"):
+        heads.decide(Held(4))
+    with pytest.raises(ValueError, match="one policy for each KV head"):
+        PerHead((heads,))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 500), st.integers(1, 40), st.floats(0.2, 1.8))
+def test_a_pyramid_spends_its_budget_in_even_steps(tokens, layers, last) -> None:
+    made = pyramid(lambda size: SinkWindow(0, size + 1), tokens, layers, last=last)
+    budgets = [policy.window - 1 for policy in made.policies]
+    assert sum(budgets) == tokens * layers
+    slope = 2 * tokens * (1 - last) / max(1, layers - 1)
+    for layer, budget in enumerate(budgets):
+        exact = tokens + slope * ((layers - 1) / 2 - layer)
+        assert abs(budget - exact) <= 1 + 1e-6
+
+
+def test_a_wrong_pyramid_is_named() -> None:
+    with pytest.raises(ValueError, match=r"last is 3; a number from 0 to 2"):
+        pyramid(Window, 64, 4, last=3)
+    with pytest.raises(ValueError, match="window is 0"):
+        pyramid(Window, 64, 4, last=0)
+    with pytest.raises(ValueError, match="layers is 0"):
+        pyramid(Window, 64, 0)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -111,6 +163,11 @@ def test_heavy_hitters_are_those_with_most_attention() -> None:
         "compressive:window=4,memory=2,rate=2,pooling=conv(a)",
         "layers()",
         "layers(layers(window:4))",
+        "heads(layers(window:4))",
+        "heads(heads(window:4))",
+        "heads()",
+        "snap:4",
+        "snap:4+window:4,neighbors=3",
     ],
 )
 def test_a_wrong_spec_is_named_in_one_sentence(spec) -> None:
@@ -127,6 +184,9 @@ def test_a_wrong_spec_is_named_in_one_sentence(spec) -> None:
         ("window:4,block=0", "block is 0"),
         ("sinks:-1+window:4", "sinks is -1"),
         ("heavy:0+window:4", "heavy is 0"),
+        ("snap:4+window:4,observed=0", "observed is 0"),
+        ("snap:4+window:4,observed=65", "observed is 65; at most block, 64"),
+        ("heads(window:0; keep-all)", "window is 0"),
         ("compressive:window=4,memory=0,rate=2", "memory is 0"),
         ("compressive:window=4,memory=2,rate=2,pooling=median", "pooling is 'median'"),
         ("compressive:window=4,memory=2,rate=2,pooling=conv(1/2/3)", "3 convolution weights"),

@@ -53,6 +53,8 @@ class CompactLane(Lane):
 
     def _cut(self, start: int) -> int:
         stop = start - start % self.policy.block + self.policy.block
+        if self.policy.observed is not None and start < stop - self.policy.observed:
+            stop -= self.policy.observed  # queries that don't count go by themselves
         rope = self.spec.rope
         if rope is None or not rope.depends_on_length:
             return stop
@@ -64,7 +66,7 @@ class CompactLane(Lane):
 
     def _segment(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         m, old, tables = q.shape[2], self.held, call.tables
-        n = old + m
+        n, watched = old + m, self._watches(self.seen)
         self._put(old, self._encode(k, v))
         fields = {name: x[:, :, :n] for name, x in self.fields.items()}
         query, rope = self._rotate(q, old, n, tables), self.spec.rope
@@ -81,11 +83,12 @@ class CompactLane(Lane):
             scale=call.scale,
             softcap=call.softcap,
             sink_logits=call.sink_logits,
-            return_scores=self.policy.needs_scores,
+            return_scores=watched,
         )
-        if self.policy.needs_scores:
+        if watched:
             assert scores is not None
             self.extra["scores"][:, :, :n] += scores[0].unsqueeze(-1)
+        if self.policy.needs_scores:
             positions = torch.arange(self.seen, self.seen + m, device=self.device)
             self.extra["positions"][:, :, old:n] = positions[:, None]
         self.held = n
@@ -93,6 +96,12 @@ class CompactLane(Lane):
         if self.seen % self.policy.block == 0:
             self._decide()
         return out
+
+    def _watches(self, position: int) -> bool:
+        """Whether the attention of the query at `position` counts."""
+        block, observed = self.policy.block, self.policy.observed
+        late = observed is None or position % block >= block - observed
+        return self.policy.needs_scores and late
 
     def _causal(self, old: int, m: int, call: Call) -> Tensor:
         def make() -> tuple[Tensor]:
@@ -130,7 +139,8 @@ class CompactLane(Lane):
                 x[:, :, to : to + size] = pieces[name]
             to += size
         if scores is not None:
-            scores[:, :, to:] = 0  # the next tokens in these slots start from nothing
+            # The next tokens in these slots start from nothing, or all do.
+            scores[:, :, to if self.policy.observed is None else 0 :] = 0
         pooled = sum(move.groups for move in decision if isinstance(move, Pool))
         if pooled or self.memory:
             raw = sum(m.stop - m.start for m in decision[-1:] if isinstance(m, Keep))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnspan.cache.compact import CompactLane
+from attnspan.cache.heads import HeadLanes
 from attnspan.cache.lane import Call, Lane, LayerSpec
 from attnspan.cache.ring import RingLane
 from attnspan.cache.storage import Fields, Storage
@@ -36,7 +37,8 @@ class LayerCache:
     """The lanes of one layer, which `maker` makes; None: those of this process alone.
 
     Raises:
-        ValueError: when the storage can't hold the layer's heads.
+        ValueError: when the storage can't hold the layer's heads, or the policy is for another
+            number of them.
     """
 
     spec: LayerSpec
@@ -45,23 +47,31 @@ class LayerCache:
     limit: int | None = None
     rollback: int = 0
     maker: LaneMaker | None = None
-    lanes: list[Lane] = field(default_factory=list)
+    lanes: list[Lane | HeadLanes] = field(default_factory=list)
     journals: list[Journal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.storage.check(self.spec.head_dim)
+        self.policy.of_heads(self.spec.num_kv_heads)
 
     def start(self, batches: list[int], dtype: torch.dtype, device: torch.device) -> None:
         """Makes the lanes, of so many rows each, that have seen nothing."""
         self._set([self.lane(batch, dtype, device) for batch in batches])
 
-    def lane(self, batch: int, dtype: torch.dtype, device: torch.device) -> Lane:
+    def lane(self, batch: int, dtype: torch.dtype, device: torch.device) -> Lane | HeadLanes:
         """An empty lane for `batch` rows, within this layer's limit."""
-        alone = RingLane if self.policy.band is not None else CompactLane
-        make = self.maker or alone
-        return make(self.spec, self.policy, self.storage, batch, dtype, device, self.limit)
 
-    def _set(self, lanes: list[Lane]) -> None:
+        def made(spec: LayerSpec, policy: Policy) -> Lane:
+            alone = RingLane if policy.band is not None else CompactLane
+            make = self.maker or alone
+            return make(spec, policy, self.storage, batch, dtype, device, self.limit)
+
+        policies = self.policy.of_heads(self.spec.num_kv_heads)
+        if len(set(policies)) == 1:
+            return made(self.spec, policies[0])
+        return HeadLanes.made(self.spec, policies, made)
+
+    def _set(self, lanes: list[Lane | HeadLanes]) -> None:
         self.lanes = lanes
         self.journals = [Journal(self.rollback, lane) for lane in lanes] if self.rollback else []
 
@@ -97,7 +107,7 @@ class LayerCache:
 
     def split(self, index: int, parts: list[Tensor]) -> None:
         """Replaces a lane by one for each group of its rows."""
-        lanes = [self.lanes[index].select(rows) for rows in parts]
+        lanes: list[Lane | HeadLanes] = [self.lanes[index].select(rows) for rows in parts]
         self.lanes[index : index + 1] = lanes
         if self.rollback:
             self.journals[index : index + 1] = [
@@ -149,7 +159,7 @@ class LayerCache:
         device: torch.device,
     ) -> None:
         """Takes over what `state()` gave."""
-        lanes = []
+        lanes: list[Lane | HeadLanes] = []
         for i, count in enumerate(counts):
             lane = self.lane(count["batch"], dtype, device)
             prefix = f"{i}."
@@ -180,14 +190,14 @@ class Journal:
     """
 
     depth: int
-    lane: Lane
-    copies: deque[Lane] = field(init=False)
+    lane: Lane | HeadLanes
+    copies: deque[Lane | HeadLanes] = field(init=False)
     inputs: deque[_Input] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.copies = deque([self.lane.copy()])
 
-    def record(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    def record(self, lane: Lane | HeadLanes, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         if lane.seen - self.copies[-1].seen >= self.depth:
             self.copies.append(lane.copy())
             if len(self.copies) > 2:
@@ -198,7 +208,7 @@ class Journal:
         call = replace(call, tables=Tables())
         self.inputs.append(_Input(lane.seen, (q.clone(), k.clone(), v.clone()), call))
 
-    def undo(self, lane: Lane, tokens: int, tables: Tables) -> Lane:
+    def undo(self, lane: Lane | HeadLanes, tokens: int, tables: Tables) -> Lane | HeadLanes:
         to = lane.seen - tokens
         while self.copies[-1].seen > to:
             self.copies.pop()
@@ -215,7 +225,7 @@ class Journal:
         self.inputs = kept
         return lane
 
-    def select(self, rows: Tensor, lane: Lane) -> Journal:
+    def select(self, rows: Tensor, lane: Lane | HeadLanes) -> Journal:
         journal = Journal(self.depth, lane)
         journal.copies = deque(copy.select(rows) for copy in self.copies)
         for entry in self.inputs:

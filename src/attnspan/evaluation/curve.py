@@ -175,7 +175,8 @@ def policy_bytes(
 ) -> int:
     """Bytes of the keys and values that one sequence holds after `tokens`, dense, and no more."""
     total = 0
-    for layer, each in zip(anatomy.layers, resolve(policy, anatomy.layers), strict=True):
-        held = tokens if each.capacity is None else min(tokens, each.capacity)
-        total += 2 * held * layer.spec.num_kv_heads * layer.spec.head_dim * dtype.itemsize
+    for layer, policies in zip(anatomy.layers, resolve(policy, anatomy.layers), strict=True):
+        for each in policies.of_heads(layer.spec.num_kv_heads):
+            held = tokens if each.capacity is None else min(tokens, each.capacity)
+            total += 2 * held * layer.spec.head_dim * dtype.itemsize
     return total

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnspan.models.anatomy import anatomy_of, refuse_unknown
 from attnspan.models.interface import Interface, Refused, full_precision
+from attnspan.policies import PerHead, PerLayer, Policy
 
 FIRST = 4
 """Tokens at the start that count as sinks, as in StreamingLLM (https://arxiv.org/abs/2309.17453)."""
@@ -81,6 +82,23 @@ class Heads:
     @property
     def local(self) -> Tensor:
         return (self.near >= LOCAL) & ~self.retrieval
+
+    def retrieving(self, kv_heads: int) -> Tensor:
+        """KV heads some query head of which retrieves: bool `(layers, kv_heads)`."""
+        return self.retrieval.unflatten(1, (kv_heads, -1)).any(-1)
+
+    def policy(self, kv_heads: int, far: Policy, near: Policy) -> PerLayer:
+        """`far` where a KV head retrieves and `near` where it doesn't, as in DuoAttention.
+
+        DuoAttention (https://arxiv.org/abs/2410.10819) finds its heads by training a gate for each;
+        here it is by what they attend to.
+        """
+
+        def of(layer: list[bool]) -> Policy:
+            each = tuple(far if yes else near for yes in layer)
+            return PerHead(each) if len(set(each)) > 1 else each[0]
+
+        return PerLayer(tuple(map(of, self.retrieving(kv_heads).tolist())))
 
     def as_dict(self) -> dict[str, Any]:
         def listed(kinds: Tensor) -> list[list[int]]:

@@ -13,7 +13,7 @@ than 32 of them: longer blocks depend less on each other."""
 
 # Student's t that 97.5 % lie below, for 1, 2, ... 31 degrees of freedom, a block more. From
 # https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
-_T = (
+STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
     *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
     *(2.052, 2.048, 2.045, 2.042, 2.040),
@@ -55,7 +55,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
         return Paired(bounded_exp(mean), 0.0, bounded_exp(math.inf))
     middle = math.fsum(means) / len(means)
     variance = math.fsum((m - middle) ** 2 for m in means) / (len(means) - 1)
-    error = _T[len(means) - 2] * math.sqrt(variance / len(means))
+    error = STUDENT[len(means) - 2] * math.sqrt(variance / len(means))
     return Paired(bounded_exp(mean), bounded_exp(mean - error), bounded_exp(mean + error))
 
 

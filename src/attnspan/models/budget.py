@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnspan.cache.heads import HeadLanes
 from attnspan.cache.lane import Lane
 from attnspan.cache.layer import LayerCache
 from attnspan.models.anatomy import Layer
-from attnspan.policies import KeepAll, PerLayer, Policy, Window
+from attnspan.policies import KeepAll, PerHead, PerLayer, Policy, Window
 
 if TYPE_CHECKING:
     from attnspan.models.cache import Cache
@@ -46,6 +47,8 @@ def resolve(policy: Policy | PerLayer, layers: tuple[Layer, ...]) -> tuple[Polic
 
 
 def _within(policy: Policy, window: int) -> Policy:
+    if isinstance(policy, PerHead):
+        return PerHead(tuple(_within(each, window) for each in policy.policies))
     if isinstance(policy, KeepAll) or (isinstance(policy, Window) and policy.window >= window):
         return Window(window)
     if policy.capacity is None or policy.capacity > window:
@@ -81,7 +84,7 @@ def planned_tables(cache: Cache, limit: int | None) -> int:
     return max(lane.table_bytes(cache.chunk) for lane in lanes)
 
 
-def _lane(cache: Cache, layer: LayerCache, batch: int, limit: int | None) -> Lane:
+def _lane(cache: Cache, layer: LayerCache, batch: int, limit: int | None) -> Lane | HeadLanes:
     return replace(layer, limit=limit, lanes=[], journals=[]).lane(
         batch, cache.dtype, torch.device("meta")
     )

@@ -29,9 +29,9 @@ class StepGraph:
     the stream. The cache counts along: prompts may go through the model in between, and snapshots
     are as ever.
 
-    The policies are `Window`, `SinkWindow` and `KeepAll`, each with any storage, once the sinks
-    (and for int4 the means) are in. Heavy hitters and compressive memories decide on the host what
-    stays, so their steps can't be captured. A cache that keeps everything is captured anew when it
+    The policies are `Window`, `SinkWindow`, `KeepAll` and heads with these, each with any storage,
+    once the sinks (and for int4 the means) are in. The others decide on the host what stays, so
+    their steps can't be captured. A cache that keeps everything is captured anew when it
     has filled what was allotted, which is half as much again each time.
 
     What the graph holds is the model's own forward. With `compiled` its layers go through
@@ -151,7 +151,7 @@ class StepGraph:
         if self.cache.tokens_seen != self._at:
             self._at = self.cache.tokens_seen
             self.clock.position.fill_(self._at)
-        held = [x for lane in lanes for x in (*lane.fields.values(), *lane.extra.values())]
+        held = [x for lane in lanes for x in lane.tensors().values()]
         same = len(held) == len(self._captured) and all(
             ours is theirs for ours, theirs in zip(held, self._captured, strict=True)
         )

@@ -65,11 +65,10 @@ def attnspan(
             raise ValueError(
                 f"engine attnspan: {spec.name} has {why}, which attnspan.Cache refuses"
             )
-    lanes = [
-        _lane(spec, each, tokens, batch, storage, itemsize) for each in layer_policies(spec, policy)
-    ]
-    layers = tuple(LayerCache(lane[0], lane[1]) for lane in lanes)
-    warm = sum(lane[2] for lane in lanes)
+    chosen = layer_policies(spec, policy)
+    lanes = {each: _lanes(spec, each, tokens, batch, storage, itemsize) for each in set(chosen)}
+    layers = tuple(LayerCache(*lanes[each][:2]) for each in chosen)
+    warm = sum(lanes[each][2] for each in chosen)
     notes = ()
     if storage == "int4" and warm > bytes_of(layers):
         notes = (
@@ -79,15 +78,29 @@ def attnspan(
     return CacheBytes("attnspan", layers, notes=notes)
 
 
-def _lane(
+def _lanes(
     spec: ModelSpec, policy: Policy, tokens: int, batch: int, storage: str, itemsize: int
 ) -> tuple[int, int, int]:
     """Slots, bytes, and the bytes at the end of int4's warm-up, of one layer.
 
+    KV heads with policies of their own have lanes of their own; the slots are those of the longest.
+    """
+    found = [
+        _lane(spec.head_dim, batch * heads, each, tokens, storage, itemsize)
+        for each, heads in Counter(policy.of_heads(spec.kv_heads)).items()
+    ]
+    slots, held, warm = zip(*found, strict=True)
+    return max(slots), sum(held), sum(warm)
+
+
+def _lane(
+    dim: int, heads: int, policy: Policy, tokens: int, storage: str, itemsize: int
+) -> tuple[int, int, int]:
+    """The same of one lane, with so many KV heads, those of all rows together.
+
     As `attnspan.cache` allocates: a policy with a bound its capacity at the first token, one
     without half as much again whenever it is full; sinks dense and, beside codes, of their own.
     """
-    heads, dim = batch * spec.kv_heads, spec.head_dim
     coded, dense = bytes_per_token(storage, dim, itemsize), 2 * dim * itemsize
     if not tokens:
         return 0, 0, 0

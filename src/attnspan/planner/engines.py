@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attnspan.planner import allocated
 from attnspan.planner.held import (
     STORAGES,
     CacheBytes,
+    LayerCache,
     bytes_of,
-    layer_caches,
+    head_slots,
     layer_policies,
-    slots,
+    own,
     token_of,
 )
 from attnspan.planner.spec import ModelSpec
@@ -117,18 +120,15 @@ def _theory(
 ) -> CacheBytes:
     policies, token = layer_policies(spec, policy), batch * token_of(spec, storage, itemsize)
     # Layers are often alike, and a pooled memory's slots take a few steps to count.
-    found = {each: slots(each, None, tokens) for each in set(policies)}
+    found = {each: head_slots(each, spec.kv_heads, tokens) for each in set(policies)}
+    # Heads' shares of a token are equal.
+    layers = tuple(
+        LayerCache(max(held), sum(held) * token // len(held)) if owns else LayerCache(0, 0)
+        for held, owns in zip((found[each] for each in policies), own(spec), strict=True)
+    )
     windows = any(window is not None for window in spec.windows)
-    everything = layer_caches(
-        spec,
-        tuple(
-            tokens if window is not None else found[each]
-            for each, window in zip(policies, spec.windows, strict=True)
-        ),
-        token,
+    everything = tuple(
+        replace(layer, slots=tokens, bytes=tokens * token) if window and layer.slots else layer
+        for layer, window in zip(layers, spec.windows, strict=True)
     )
-    return CacheBytes(
-        "theory",
-        layer_caches(spec, tuple(found[each] for each in policies), token),
-        full_pages=bytes_of(everything) if windows else None,
-    )
+    return CacheBytes("theory", layers, full_pages=bytes_of(everything) if windows else None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from attnspan.planner.spec import ModelSpec
-from attnspan.policies import Compressive, KeepAll, PerLayer, Policy, Window
+from attnspan.policies import Compressive, KeepAll, PerHead, PerLayer, Policy, Window
 
 STORAGES = ("dense", "int8", "int4")
 _GROUP = 32  # channels of a key that share a scale in attnspan's int4
@@ -54,7 +54,7 @@ def slots(policy: Policy | None, window: int | None, tokens: int) -> int:
     """The most tokens that one layer has held, once it has seen `tokens`.
 
     A token counts for as long as a query sees it, its own included. Between two points of its grid
-    a policy holds every new token.
+    a policy holds every new token. Where heads differ, those count that hold most.
 
     Args:
         policy: None: every token that `window` leaves.
@@ -70,7 +70,16 @@ def slots(policy: Policy | None, window: int | None, tokens: int) -> int:
     return held if window is None else min(held, window)
 
 
+def head_slots(policy: Policy, kv_heads: int, tokens: int) -> tuple[int, ...]:
+    """The most tokens that each KV head of a layer has held, once it has seen `tokens`."""
+    each = policy.of_heads(kv_heads)
+    found = {policy: _held(policy, tokens) for policy in set(each)}
+    return tuple(found[policy] for policy in each)
+
+
 def _held(policy: Policy, tokens: int) -> int:
+    if isinstance(policy, PerHead):
+        return max(_held(each, tokens) for each in policy.policies)
     if policy.capacity is None:
         return tokens
     # What is held rises with the grid points passed, but for the remainder that Compressive has not
@@ -104,15 +113,24 @@ def layer_policies(spec: ModelSpec, policy: Policy | PerLayer | None) -> tuple[P
     trained to.
 
     Raises:
-        ValueError: the policy has another number of layers, or looks past a layer's window.
+        ValueError: the policy has another number of layers or heads, or looks past a layer's
+            window.
     """
-    chosen = (policy or KeepAll(),) * spec.layers
     if isinstance(policy, PerLayer):
         if len(policy.policies) != spec.layers:
             raise ValueError(
                 f"policy has {len(policy.policies)} layers; the model's {spec.layers} are allowed"
             )
         chosen = policy.policies
+    else:
+        chosen = (policy or KeepAll(),) * spec.layers
+    for each in set(chosen):
+        if isinstance(each, PerHead) and spec.latent is not None:
+            raise ValueError(
+                f"policy {each}: the heads of {spec.name} share one latent; a policy for all of "
+                "them is allowed"
+            )
+        each.of_heads(spec.kv_heads)
     hybrid = any(window is None for window in spec.windows)
     return tuple(
         each
@@ -121,11 +139,12 @@ def layer_policies(spec: ModelSpec, policy: Policy | PerLayer | None) -> tuple[P
         if hybrid
         else _within(each, window, "chunks" if spec.chunked else "a sliding window")
         for each, window in zip(chosen, spec.windows, strict=True)
-        if not isinstance(each, PerLayer)
     )
 
 
 def _within(policy: Policy, window: int, kind: str) -> Policy:
+    if isinstance(policy, PerHead):
+        return PerHead(tuple(_within(each, window, kind) for each in policy.policies))
     if isinstance(policy, KeepAll) or (isinstance(policy, Window) and policy.window >= window):
         return Window(window)
     if policy.capacity is None or policy.capacity > window:

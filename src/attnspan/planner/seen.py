@@ -14,7 +14,9 @@ from attnspan.policies.base import Policy
 from attnspan.policies.compressive import Compressive
 from attnspan.policies.heavy_hitter import HeavyHitter
 from attnspan.policies.keep_all import KeepAll
+from attnspan.policies.per_head import PerHead
 from attnspan.policies.sink_window import SinkWindow
+from attnspan.policies.snap_kv import SnapKV
 from attnspan.policies.window import Window
 
 if TYPE_CHECKING:
@@ -230,10 +232,15 @@ def of_policy(policy: Policy) -> View:
             return Capped(window - 1, block)
         case SinkWindow(sinks, window, block):
             return Capped(sinks + window - 1, block)
-        case HeavyHitter(heavy, window, block):
+        case HeavyHitter(heavy, window, block) | SnapKV(heavy, window, block=block):
             return Capped(heavy + window - 1, block)
         case Compressive():
             return Pooled(policy)
+        case PerHead():
+            raise ValueError(
+                f"policy {policy}: what heads with policies of their own read isn't planned; "
+                "attnspan.planner.engines.cache_bytes counts what they hold"
+            )
     raise ValueError(f"policy {policy} is not one whose cost the planner knows")
 
 

@@ -23,9 +23,9 @@ class Held:
     Attributes:
         slots: number of held slots, `n`.
         memory: how many of them are pooled slots (they follow the policy's sinks).
-        scores: attention each slot has received since it came in, summed over the queries and the
-            query heads of its KV head, float32 `(batch, num_kv_heads, n)`; None unless the policy
-            asks for scores.
+        scores: attention each slot has received since it came in, from the queries that
+            `Policy.observed` names, summed over them and the query heads of its KV head, float32
+            `(batch, num_kv_heads, n)`; None unless the policy asks for scores.
     """
 
     slots: int
@@ -86,6 +86,15 @@ class Policy(ABC):
     def needs_scores(self) -> bool:
         """Whether `decide` reads `Held.scores`."""
         return False
+
+    @property
+    def observed(self) -> int | None:
+        """Scores are of the last so many queries before a grid point alone; None: of all."""
+        return None
+
+    def of_heads(self, count: int) -> tuple[Policy, ...]:
+        """The policy of each of a layer's `count` KV heads; here they all share this one."""
+        return (self,) * count
 
     @property
     def leading(self) -> int:

@@ -9,8 +9,10 @@ from attnspan.policies.base import Policy
 from attnspan.policies.compressive import Compressive
 from attnspan.policies.heavy_hitter import HeavyHitter
 from attnspan.policies.keep_all import KeepAll
+from attnspan.policies.per_head import PerHead
 from attnspan.policies.per_layer import PerLayer
 from attnspan.policies.sink_window import SinkWindow
+from attnspan.policies.snap_kv import SnapKV
 from attnspan.policies.window import Window
 
 FORMS = (
@@ -18,7 +20,10 @@ FORMS = (
     "window:1024",
     "sinks:4+window:1020",
     "heavy:512+window:512",
+    "snap:448+window:64",
     "compressive:window=512,memory=256,rate=4",
+    "heads(SPEC; SPEC; ...)",
+    "layers(SPEC; SPEC; ...)",
 )
 
 
@@ -34,12 +39,15 @@ def parse(text: str) -> Policy | PerLayer:
     'heavy:512+window:512'
     """
     spec = text.strip()
-    layers = re.fullmatch(r"layers\((.*)\)", spec, re.DOTALL)
-    if layers:
-        policies = [parse(part) for part in layers[1].split(";")]
-        if any(isinstance(p, PerLayer) for p in policies):
-            raise ValueError(f"policy {spec!r}: layers(...) can't stand inside layers(...)")
-        return PerLayer(tuple(p for p in policies if isinstance(p, Policy)))
+    several = re.fullmatch(r"(layers|heads)\((.*)\)", spec, re.DOTALL)
+    if several:
+        policies = [parse(part) for part in _split(several[2], ";")]
+        inside = PerLayer if several[1] == "layers" else PerLayer | PerHead
+        if any(isinstance(p, inside) for p in policies):
+            wrong = next(str(p).partition("(")[0] for p in policies if isinstance(p, inside))
+            raise ValueError(f"policy {spec!r}: {wrong}(...) can't stand inside {several[1]}(...)")
+        kind = PerLayer if several[1] == "layers" else PerHead
+        return kind(tuple(p for p in policies if isinstance(p, Policy)))
     head, *options = [part.strip() for part in spec.split(",")]
     if head == "keep-all" and not options:
         return KeepAll()
@@ -51,9 +59,12 @@ def parse(text: str) -> Policy | PerLayer:
         ("window",): Window,
         ("sinks", "window"): SinkWindow,
         ("heavy", "window"): HeavyHitter,
+        ("snap", "window"): SnapKV,
     }
     if names not in kinds:
         raise _wrong(spec)
+    if names[0] == "snap":
+        counts[0] = counts[0].replace("snap", "heavy", 1)
     return _build(spec, kinds[names], [part.replace(":", "=", 1) for part in counts] + options)
 
 
@@ -64,15 +75,25 @@ def parse_list(text: str) -> list[Policy | PerLayer]:
     ['keep-all', 'heavy:8+window:8,block=1', 'window:4']
     """
     specs: list[str] = []
-    depth = 0
-    for part in text.split(","):
+    for part in _split(text, ","):
         name, equals, _ = part.partition("=")
-        if specs and (depth > 0 or (equals and ":" not in name)):
+        if specs and equals and ":" not in name:
             specs[-1] += f",{part}"
         else:
             specs.append(part)
-        depth += part.count("(") - part.count(")")
     return [parse(spec) for spec in specs]
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """The parts of `text` between marks that stand in no parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == mark and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _build(spec: str, kind: type[Policy], pairs: list[str]) -> Policy:

@@ -75,9 +75,9 @@ class SharedStream:
         for policy in policies:
             if policy.band is None:
                 raise ValueError(
-                    f"policy {policy} picks or pools tokens by what all of them hold or were "
-                    "paid, which no process of a ring knows; KeepAll, Window and SinkWindow are "
-                    "allowed with a ring"
+                    f"policy {policy} goes by what all tokens hold or were paid, which no process "
+                    "of a ring knows, or by head; KeepAll, Window and SinkWindow are allowed with "
+                    "a ring"
                 )
         if rollback:
             raise ValueError(
