@@ -15,7 +15,7 @@ async function start(root: HTMLElement): Promise<void> {
 }
 
 // Tests compare these functions with the planner, in a browser and, without a document, in node.
-globalThis.attnspan = twin;
+globalThis.attnspan = { ...twin };
 if (typeof document !== "undefined") {
   const root = document.getElementById("app");
   if (root) void start(root);
