@@ -32,7 +32,7 @@ export interface StreamProps {
 
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 const SPAN = 2048;
-const TEXT_HEIGHT = 300;
+const TEXT_HEIGHT = 240;
 const SPEEDS = ["10", "100", "1000", "10000"] as const;
 
 /** A mark of a run: its letter, and the colour of what tells it apart. */
@@ -147,7 +147,7 @@ interface WatchedProps {
 
 function Watched({ recording, size, params, set, touched, choose, form }: WatchedProps) {
   const last = recording.last;
-  const asked = whole(params.at, Math.min(last, 3000), 0, last);
+  const asked = whole(params.at, Math.min(last, 20_000), 0, last);
   const [at, setAt] = useState(asked);
   const [hovered, hover] = useState(-1);
   const [playing, play] = useState(false);
@@ -245,7 +245,7 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
   const token = hovered >= 0 && hovered <= last ? hovered : at;
 
   const series = useMemo(() => samples(runs, last, log), [runs, size, last, log]);
-  const x: Axis = { from: log ? 16 : 0, to: Math.max(32, last), log, kind: log ? "count" : "plain" };
+  const x: Axis = { from: log ? 16 : 0, to: Math.max(32, last), log, kind: "plain" };
   const [bytes, perplexity] = useMemo(() => {
     const made = (value: (run: Run, p: number) => number): Series[] =>
       visible.map((k) => ({
@@ -640,7 +640,7 @@ function LifeTable({ recording, runs, marks, token, hovered }: { recording: Reco
 
 function Legend() {
   return (
-    <ul class="legend" aria-label="Slots' colours">
+    <ul class="kinds" aria-label="Slots' colours">
       <li>
         <i class="swatch sink" aria-hidden="true" /> sinks
       </li>
@@ -653,11 +653,11 @@ function Legend() {
       <li>
         <i class="swatch pooled" aria-hidden="true" /> pooled
       </li>
-      <li class="keys">
+      <li class="hints">
         <kbd>space</kbd> plays · <kbd>←</kbd> <kbd>→</kbd> one token, with <kbd>shift</kbd> 64 · <kbd>page</kbd> 1,024 ·{" "}
         <kbd>home</kbd> <kbd>end</kbd>
       </li>
-      <li class="keys">§ is BOS, the first token; ¶ a line break, · a space, ¤ a byte of another character.</li>
+      <li class="hints">§ is BOS, the first token; ¶ a line break, ¤ a byte of another character.</li>
     </ul>
   );
 }
@@ -673,7 +673,7 @@ function number(value: number): string {
 
 function excerpt(recording: Recording, at: number): string {
   let words = "";
-  for (let p = Math.max(1, at - 60); p <= at; p++) words += letter(recording.text, p).replace("·", " ").replace("¶", " ");
+  for (let p = Math.max(1, at - 60); p <= at; p++) words += letter(recording.text, p).replace("¶", " ");
   return words;
 }
 

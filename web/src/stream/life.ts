@@ -5,14 +5,12 @@ import type { Run } from "./recording";
 
 // Latin-1 alone: a fallback font's letters would be of another width.
 const NEWLINE = "¶";
-const SPACE = "·";
 
 /** One letter for the token at position `p`, as wide as any other. */
 export function letter(text: Uint8Array, p: number): string {
   if (p === 0) return "§";
   const byte = text[p - 1];
   if (byte === 10) return NEWLINE;
-  if (byte === 32) return SPACE;
   if (byte < 32 || byte > 126) return "¤";
   return String.fromCharCode(byte);
 }
