@@ -533,15 +533,23 @@ function TextFigure({ recording, run, size, mark, at, width, ink, token, hover, 
 function Strip({ id, recording, run, size, mark, chosen, choose, at, width, ink, token, hover, pick }: Shown & { id: string; chosen: boolean; choose: () => void }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const layout = useMemo(() => layStrip(run, width, run.about.capacity ?? Math.max(512, run.tokens)), [run, width, size]);
+  const over = at > run.last && run.ended;
+  const seen = useSeen(canvas, over);
   useLayoutEffect(() => {
-    if (canvas.current) drawStrip(canvas.current, width, recording, run, at, layout, ink, token);
-  }, [recording, run, size, at, width, ink, layout, token]);
+    const draw = () => canvas.current && drawStrip(canvas.current, width, recording, run, at, layout, ink, token);
+    if (seen) {
+      draw();
+      return;
+    }
+    // What is out of sight waits until the place rests.
+    const later = setTimeout(draw, 150);
+    return () => clearTimeout(later);
+  }, [recording, run, size, at, width, ink, layout, token, seen, over]);
   const under = (event: PointerEvent) => {
     const box = canvas.current!.getBoundingClientRect();
     return stripAt(run, recording, at, layout, width, event.clientX - box.left, event.clientY - box.top);
   };
   const held = run.held(at);
-  const over = at > run.last;
   const perplexity = run.perplexity(Math.min(at, run.last));
   return (
     <section class={`strip${chosen ? " chosen" : ""}`} aria-label={run.name} data-testid={id}>
@@ -563,7 +571,7 @@ function Strip({ id, recording, run, size, mark, chosen, choose, at, width, ink,
           </Num>
         </span>
       </header>
-      <canvas
+      {!over && <canvas
         ref={canvas}
         data-testid={`${id}-canvas`}
         role="img"
@@ -586,11 +594,14 @@ function Strip({ id, recording, run, size, mark, chosen, choose, at, width, ink,
           hover(found && "token" in found ? found.token : -1);
         }}
         onPointerLeave={() => hover(-1)}
-      />
+      />}
       {over && (
         <p class="note">
-          Ended after {grouped(run.tokens)} tokens
-          {run.about.window === null && run.ended ? ": keeping everything makes sense up to the length that the model was trained for" : ""}.
+          It ended after {grouped(run.tokens)} tokens
+          {run.about.window === null ? ": keeping everything makes sense up to the length that the model was trained for" : ""}.{" "}
+          <button type="button" class="link" data-testid={`${id}-end`} onClick={() => pick(run.last)}>
+            Go there
+          </button>
         </p>
       )}
     </section>
@@ -718,6 +729,18 @@ function useInk(ref: { current: Element | null }): Ink | null {
     };
   }, [ref]);
   return ink;
+}
+
+/** Whether an element is in sight, or nearly. */
+function useSeen(ref: { current: Element | null }, gone: boolean): boolean {
+  const [seen, setSeen] = useState(true);
+  useEffect(() => {
+    if (!ref.current) return;
+    const observer = new IntersectionObserver(([entry]) => setSeen(entry.isIntersecting), { rootMargin: "60px" });
+    observer.observe(ref.current);
+    return () => observer.disconnect();
+  }, [ref, gone]);
+  return seen;
 }
 
 /** `attnspan.stream`: what tests read and drive without guessing at pixels. */
