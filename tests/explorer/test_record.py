@@ -330,3 +330,10 @@ def test_what_the_command_refuses(
     assert out == ""
     assert word in err
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_are_not_bytes(bundled: Any) -> None:
+    with watched(*bundled, TEXT, SinkWindow(4, 60), Dense(), limit=50) as run:
+        run.text = b"another text"
+        with pytest.raises(ValueError, match="not bytes"):
+            run.step()

@@ -43,7 +43,7 @@ def wanted(given: Any) -> Wanted:
     if not isinstance(policy, str) or len(policy) > 200:
         raise ValueError("policy is no text of up to 200 characters")
     storage = given.get("storage", "dense")
-    if storage not in STORAGES:
+    if not isinstance(storage, str) or storage not in STORAGES:
         raise ValueError(f"storage is no one of {', '.join(STORAGES)}")
     limit = given.get("limit", LIMIT)
     if isinstance(limit, bool) or not isinstance(limit, int) or not 2 <= limit <= LIMIT:
@@ -51,7 +51,7 @@ def wanted(given: Any) -> Wanted:
     source, text = given.get("source"), given.get("text")
     if (source is None) == (text is None):
         raise ValueError("either source or text must be given")
-    if source is not None and source not in TEXTS:
+    if source is not None and (not isinstance(source, str) or source not in TEXTS):
         raise ValueError(f"source is no one of {', '.join(TEXTS)}")
     try:
         data = b"" if text is None else str(text).encode()

@@ -67,7 +67,7 @@ class Look:
 
 
 class Run:
-    """A stream under one policy and storage, watched in one layer and KV head.
+    """A stream of `text` under one policy and storage, watched in one layer and KV head.
 
     Attributes:
         lives: the lives of the tokens that went by.
@@ -75,9 +75,9 @@ class Run:
         slot_bytes: of a token's keys and values, all layers and KV heads together.
     """
 
-    def __init__(self, stream: Stream, policy: Policy, lives: Lives) -> None:
+    def __init__(self, stream: Stream, text: bytes, policy: Policy, lives: Lives) -> None:
         cache = stream.cache
-        self.stream, self.policy, self.lives = stream, policy, lives
+        self.stream, self.text, self.policy, self.lives = stream, text, policy, lives
         self.looks: list[Look] = []
         self.slot_bytes = sum(
             layer.spec.num_kv_heads
@@ -97,7 +97,8 @@ class Run:
             ValueError: the model's tokens are not bytes.
         """
         ids, widths = self.stream.take()
-        if set(widths) - {1}:
+        done = self.stream.score.tokens
+        if ids != list(self.text[done : done + len(ids)]):
             raise ValueError("the model's tokens are not bytes, as a recording's must be")
         if ids:
             self.stream.feed(ids, widths)
@@ -204,6 +205,7 @@ def watched(
                 chunk=chunk,
                 watch=range(1, most + 1),
             ),
+            text,
             policy,
             lives,
         )

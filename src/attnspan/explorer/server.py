@@ -35,6 +35,9 @@ BODY = 6 * PASTED + 4_096
 QUERY = 2_048
 """Bytes of a request's query at most."""
 
+HEADERS = 16_384
+"""Bytes of a request's headers at most."""
+
 SECONDS = 1_800
 """A live run ends after so long, for its reader may have stopped reading."""
 
@@ -113,6 +116,7 @@ def application(port: int, recordings: Mapping[str, Mapping[str, Any]]) -> ASGIA
     routes.append(Route("/api/plan", _plan, methods=["GET"]))
     routes.append(Route("/api/stream", stream, methods=["POST"]))
     app: Starlette = Starlette(routes=routes, exception_handlers={ValueError: refuse})
+    app.router.redirect_slashes = False  # a path is one of these, or there is nothing
     return _Guard(app, port)
 
 
@@ -146,6 +150,8 @@ class _Guard:
         await answer(scope, receive, told)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADERS:
+            return 431, f"The request's headers have more than {HEADERS:,} bytes."
         given: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             given.setdefault(name.lower(), []).append(value)
@@ -294,7 +300,7 @@ def serve(
             server_header=False,
             limit_concurrency=64,
             timeout_graceful_shutdown=2,
-            h11_max_incomplete_event_size=16_384,
+            h11_max_incomplete_event_size=2 * HEADERS,
         )
         try:
             Server(config).run(sockets=[taken])
