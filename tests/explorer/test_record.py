@@ -17,11 +17,12 @@ from attnspan.explorer import recording
 from attnspan.explorer.lives import Lives, Watched
 from attnspan.explorer.record import HEAD, KEPT, LAYER, LIMIT, allowed, cut, kept, record, watched
 from attnspan.models.loading import load
-from attnspan.policies import Compressive, HeavyHitter, SinkWindow, parse
+from attnspan.policies import Compressive, HeavyHitter, Policy, SinkWindow, SnapKV, parse
 
 TEXT = english_heldout().encode()
 TOKENS = 400
 HEAVY = HeavyHitter(heavy=40, window=50, block=32)
+SNAP = SnapKV(heavy=40, window=50, observed=8, block=32)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,12 @@ def test_pooling(bundled: Any, spec: str) -> None:
     assert lives(bundled, spec) == groups(TOKENS, policy)
 
 
-@pytest.mark.parametrize("head", [0, 1])
-def test_heavy_hitters(bundled: Any, head: int) -> None:
+@pytest.mark.parametrize(("policy", "head"), [(HEAVY, 0), (HEAVY, 1), (SNAP, 1)])
+def test_heavy_hitters(bundled: Any, policy: HeavyHitter | SnapKV, head: int) -> None:
     """The oracle is what the cache itself says of its slots after each grid point."""
     layer, left = 2, [0] * TOKENS
     found = watched(
-        *bundled, TEXT, HEAVY, Dense(), layer=layer, head=head, limit=TOKENS, chunk=HEAVY.block
+        *bundled, TEXT, policy, Dense(), layer=layer, head=head, limit=TOKENS, chunk=policy.block
     )
     with found as run:
         before: set[int] = set()
@@ -120,9 +121,9 @@ def test_heavy_hitters(bundled: Any, head: int) -> None:
         while more:
             more = run.step()
             lane = run.stream.cache.caches[layer].lanes[0]
-            if lane.seen % HEAVY.block == 0:
+            if lane.seen % policy.block == 0:
                 now = set(lane.extra["positions"][0, head, : lane.tokens_held, 0].tolist())
-                for i in (before | set(range(lane.seen - HEAVY.block, lane.seen))) - now:
+                for i in (before | set(range(lane.seen - policy.block, lane.seen))) - now:
                     left[i] = lane.seen
                 before = now
         assert list(run.lives.left) == left
@@ -222,7 +223,8 @@ def test_a_bomb_is_refused() -> None:
 
 def test_what_cannot_be_recorded(bundled: Any) -> None:
     for spec, word in (
-        ("layers(window:4; window:8)", "layer"),
+        ("layers(window:4; window:8)", "several budgets"),
+        ("heads(keep-all; window:8)", "several budgets"),
         ("window:1000000", "slots"),
         ("window", "window"),
     ):
@@ -240,8 +242,10 @@ def test_a_watched_policy_is_the_policy() -> None:
     policy = HeavyHitter(8, 8)
     seen = Watched(policy, Lives())
     assert str(seen) == str(policy)
-    for name in ("block", "needs_scores", "leading", "capacity", "band"):
-        assert getattr(seen, name) == getattr(policy, name)
+    own = {name for name in vars(Policy) if isinstance(getattr(Policy, name), property)}
+    for each in (policy, SnapKV(8, 8), Compressive(8, 2, 2)):
+        for name in {*own, "block"}:
+            assert getattr(Watched(each, Lives()), name) == getattr(each, name), name
 
 
 def test_news_come_once() -> None:

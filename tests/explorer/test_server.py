@@ -257,7 +257,7 @@ def test_a_long_query(client: TestClient) -> None:
         ({"policy": "window"}, "window"),
         ({"policy": "window:100000"}, "100,000 slots"),
         ({"policy": "heavy:9+window:9,block=100000"}, "slots"),
-        ({"policy": "layers(window:8; window:8)"}, "differs by layer"),
+        ({"policy": "layers(window:8; window:8)"}, "several budgets"),
         ({"policy": "x" * 201}, "policy"),
         ({"storage": "int2"}, "storage"),
         ({"storage": ["int8"]}, "storage"),

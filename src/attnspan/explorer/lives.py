@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from attnspan.policies.base import Band, Decision, Held, Keep, Pick, Policy, Pool
 
 
-@dataclass
+@dataclass(eq=False)  # so that policies with it can be compared and hashed, as all can
 class Lives:
     """The lives of the tokens in one KV head, which are decided upon every `block` tokens.
 
@@ -122,6 +122,10 @@ class Watched(Policy):
     @property
     def needs_scores(self) -> bool:
         return self.policy.needs_scores
+
+    @property
+    def observed(self) -> int | None:
+        return self.policy.observed
 
     @property
     def leading(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnspan.explorer.lives import Lives, Watched
 from attnspan.explorer.recording import FORMAT, MOST, VERSION, nll_codes, pack, pack_lives
-from attnspan.policies import Compressive, HeavyHitter, PerLayer, Policy, parse
+from attnspan.policies import Compressive, HeavyHitter, PerHead, PerLayer, Policy, SnapKV, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,8 +124,10 @@ def allowed(spec: str) -> Policy:
     ValueError: policy window:1000000 may hold 1,000,000 slots; up to 4,096 are allowed here
     """
     policy = parse(spec)
-    if isinstance(policy, PerLayer):
-        raise ValueError(f"policy {spec} differs by layer; here one policy for all is allowed")
+    if isinstance(policy, PerLayer | PerHead):
+        raise ValueError(
+            f"policy {spec} has several budgets; here one for all layers and heads is allowed"
+        )
     if policy.capacity is not None and policy.capacity > LARGEST:
         raise ValueError(
             f"policy {spec} may hold {policy.capacity:,} slots; up to {LARGEST:,} are allowed here"
@@ -292,7 +294,7 @@ def about(run: Run) -> dict[str, Any]:
         "sinks": policy.leading,
         "window": window,
         "capacity": policy.capacity,
-        "heavy": policy.heavy if isinstance(policy, HeavyHitter) else 0,
+        "heavy": policy.heavy if isinstance(policy, HeavyHitter | SnapKV) else 0,
         "rate": policy.rate if isinstance(policy, Compressive) else 1,
         "slot_bytes": run.slot_bytes,
     }
