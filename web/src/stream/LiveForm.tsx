@@ -1,11 +1,31 @@
-import { useState } from "preact/hooks";
 import { Select } from "../controls";
 import { grouped } from "../format";
 import type { Ask } from "./live";
 import type { LiveOffer } from "./recording";
 
+/** What stands in the form, which outlives the view of one recording. */
+export interface Fields {
+  policy: string;
+  storage: string;
+  source: string;
+  limit: string;
+  text: string;
+}
+
+export function blank(offer: LiveOffer): Fields {
+  return {
+    policy: offer.policies[2] ?? offer.policies[0],
+    storage: offer.storages[0],
+    source: Object.keys(offer.texts)[0],
+    limit: "10000",
+    text: "",
+  };
+}
+
 interface LiveProps {
   offer: LiveOffer;
+  fields: Fields;
+  change: (fields: Fields) => void;
   running: boolean;
   says: string;
   wrong: string;
@@ -16,12 +36,9 @@ interface LiveProps {
 const PASTED = "your own";
 
 /** Asks for a run of the model on this machine. */
-export function LiveForm({ offer, running, says, wrong, start, stop }: LiveProps) {
-  const [policy, setPolicy] = useState(offer.policies[2] ?? offer.policies[0]);
-  const [storage, setStorage] = useState(offer.storages[0]);
-  const [source, setSource] = useState(Object.keys(offer.texts)[0]);
-  const [limit, setLimit] = useState("10000");
-  const [text, setText] = useState("");
+export function LiveForm({ offer, fields, change, running, says, wrong, start, stop }: LiveProps) {
+  const { policy, storage, source, limit, text } = fields;
+  const set = (name: keyof Fields) => (value: string) => change({ ...fields, [name]: value });
   const own = source === PASTED;
   const bytes = own ? new TextEncoder().encode(text).length : 0;
   const count = Number(limit);
@@ -48,7 +65,7 @@ export function LiveForm({ offer, running, says, wrong, start, stop }: LiveProps
           spellcheck={false}
           autocomplete="off"
           value={policy}
-          onInput={(event) => setPolicy(event.currentTarget.value)}
+          onInput={(event) => set("policy")(event.currentTarget.value)}
         />
         <datalist id="live-policies">
           {offer.policies.map((spec) => (
@@ -56,24 +73,24 @@ export function LiveForm({ offer, running, says, wrong, start, stop }: LiveProps
           ))}
         </datalist>
       </div>
-      <Select id="live-storage" label="Storage" value={storage} options={offer.storages} set={setStorage} />
-      <Select id="live-source" label="Text" value={source} options={[...Object.keys(offer.texts), PASTED]} set={setSource} />
+      <Select id="live-storage" label="Storage" value={storage} options={offer.storages} set={set("storage")} />
+      <Select id="live-source" label="Text" value={source} options={[...Object.keys(offer.texts), PASTED]} set={set("source")} />
       {own && (
         <div class="control">
           <label for="live-text">Your text</label>
-          <textarea id="live-text" data-testid="live-text" class="text-input" rows={5} value={text} onInput={(event) => setText(event.currentTarget.value)} />
+          <textarea id="live-text" data-testid="live-text" class="text-input" rows={5} value={text} onInput={(event) => set("text")(event.currentTarget.value)} />
         </div>
       )}
       <div class="control">
         <label for="live-limit">Tokens at most</label>
-        <input id="live-limit" data-testid="live-limit" class="text-input" inputMode="numeric" value={limit} onInput={(event) => setLimit(event.currentTarget.value)} />
+        <input id="live-limit" data-testid="live-limit" class="text-input" inputMode="numeric" value={limit} onInput={(event) => set("limit")(event.currentTarget.value)} />
       </div>
       {running ? (
-        <button type="button" class="button" data-testid="live-stop" onClick={stop}>
+        <button key="stop" type="button" class="button" data-testid="live-stop" onClick={stop}>
           Stop
         </button>
       ) : (
-        <button type="submit" class="button" data-testid="live-start" disabled={bad !== ""}>
+        <button key="start" type="submit" class="button" data-testid="live-start" disabled={bad !== ""}>
           Run
         </button>
       )}

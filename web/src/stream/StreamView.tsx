@@ -5,7 +5,7 @@ import { AsText, Check, Choice, Num, Select } from "../controls";
 import type { Page } from "../data";
 import { fixed, grouped, shown } from "../format";
 import { oneOf, whole, type Params, type Patch } from "../route";
-import { LiveForm } from "./LiveForm";
+import { blank, LiveForm } from "./LiveForm";
 import { letter, life, named } from "./life";
 import { Lines, type Series } from "./lines";
 import { watch, type Ask } from "./live";
@@ -33,6 +33,7 @@ export interface StreamProps {
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 const SPAN = 2048;
 const TEXT_HEIGHT = 240;
+const POINTS = 360;
 const SPEEDS = ["10", "100", "1000", "10000"] as const;
 
 /** A mark of a run: its letter, and the colour of what tells it apart. */
@@ -70,6 +71,7 @@ export function StreamView({ page, params, set }: StreamProps) {
   const follow = useRef(true);
   useEffect(() => () => running.current?.abort(), []);
   const same = useRef("");
+  const [fields, change] = useState(() => offer && blank(offer));
   const start = (ask: Ask, title: string) => {
     const control = new AbortController();
     running.current = control;
@@ -81,7 +83,7 @@ export function StreamView({ page, params, set }: StreamProps) {
     watch(ask, title, into, control.signal, (recording, run) => {
       setLive(recording);
       setSteps((count) => count + 1);
-      set({ rec: "live", run: recording.runs.indexOf(run), ...(follow.current && run.tokens ? { at: run.last } : {}) });
+      set({ rec: "live", run: recording.runs.indexOf(run), hide: null, ...(follow.current && run.tokens ? { at: run.last } : {}) });
       setGoing({ on: !run.ended, says: `${grouped(run.tokens)} of ${grouped(run.about.tokens)} tokens${run.ended ? ": done" : ""}`, wrong: "" });
     }).catch((error: unknown) => {
       const aborted = control.signal.aborted;
@@ -89,8 +91,8 @@ export function StreamView({ page, params, set }: StreamProps) {
       setGoing((was) => ({ on: false, says: aborted ? `Stopped. ${was.says}` : "", wrong: aborted ? "" : `${(error as Error).message}` }));
     });
   };
-  const form = offer && (
-    <LiveForm offer={offer} running={going.on} says={going.says} wrong={going.wrong} start={start} stop={() => running.current?.abort()} />
+  const form = offer && fields && (
+    <LiveForm offer={offer} fields={fields} change={change} running={going.on} says={going.says} wrong={going.wrong} start={start} stop={() => running.current?.abort()} />
   );
 
   const recording = name === "live" ? live : held?.name === name ? held : null;
@@ -254,7 +256,7 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
         points: series[k].map((p) => [p, value(runs[k], p)] as const),
       }));
     return [
-      made((each, p) => each.heldBytes(p)),
+      made((each, p) => each.heldBytes(crest(each, p, last))),
       made((each, p) => (all ? each.perplexity(p) : each.recent(p, SPAN))),
     ];
   }, [series, all, marks, params.hide]);
@@ -521,10 +523,12 @@ function TextFigure({ recording, run, size, mark, at, width, ink, token, hover, 
         <span class={`chip mark-${mark.colour}`}>{mark.letter}</span> Letters in full ink are in the cache of{" "}
         <code>{run.name}</code>, faint ones are gone; underlined are sinks, heavy hitters and what is pooled. The ground
         is the letter’s surprise:
-        <span class="scale" aria-hidden="true">
-          <i />
+        <span class="measure">
+          <span class="scale" aria-hidden="true">
+            <i />
+          </span>
+          <span class="ends">0 to {FULL} nats and more</span>
         </span>
-        <span class="ends">0 to {FULL} nats and more</span>
       </figcaption>
     </figure>
   );
@@ -700,13 +704,18 @@ function marksOf(runs: Run[]): Mark[] {
   });
 }
 
+/** Where a block that is too short to be drawn holds most: right before the policy decides. */
+function crest(run: Run, p: number, last: number): number {
+  const { block } = run.about;
+  return block * POINTS < last ? Math.min(run.last, p - (p % block) + block - 1) : p;
+}
+
 /** The positions at which each run's lines have points. */
 function samples(runs: Run[], last: number, log: boolean): number[][] {
-  const count = 360;
   return runs.map((run) => {
     const found = new Set<number>();
-    for (let k = 0; k <= count; k++) {
-      const p = log ? Math.round(16 * (Math.max(32, last) / 16) ** (k / count)) : Math.round((last * k) / count);
+    for (let k = 0; k <= POINTS; k++) {
+      const p = log ? Math.round(16 * (Math.max(32, last) / 16) ** (k / POINTS)) : Math.round((last * k) / POINTS);
       if (p >= 1 && p <= run.last) found.add(p);
     }
     if (run.last >= 1) found.add(run.last);

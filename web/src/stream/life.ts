@@ -51,7 +51,7 @@ export function life(run: Run, i: number): Life | null {
   if (pooled)
     return {
       why: left
-        ? `pooled ${rate} to one; older than the memory’s slots in the end`
+        ? `pooled ${rate} to one, until newer slots filled the memory`
         : `pooled ${rate} to one, and still there`,
       pooled,
       left,
