@@ -2,7 +2,7 @@ SHELL := /bin/bash
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: venv demo test check bench web
+.PHONY: venv demo test check docs wheel wheel-check bench web
 
 venv: .venv/stamp
 
@@ -39,6 +39,24 @@ check: venv
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest --doctest-modules src
+	@$(MAKE) --no-print-directory docs
+
+# Without a network; what is made from the code must be current (`python docs/generate.py` makes it).
+docs: venv
+	.venv/bin/python docs/generate.py --check
+	.venv/bin/python -m sphinx -W --keep-going -q docs docs/_build
+	@echo "Built: docs/_build/index.html"
+
+# Without a network: the tools that build it are those of the environment.
+wheel: venv
+	@rm -rf build dist
+	.venv/bin/python -m build --wheel --no-isolation --outdir dist . >/dev/null
+	@ls -l dist/*.whl
+
+# The wheel alone, in an environment of its own outside of the checkout. What it depends on is lent from
+# .venv, since torch is large; WHOLE=1 installs all of that too.
+wheel-check: wheel
+	.venv/bin/python tests/wheel_check.py dist/*.whl $(if $(WHOLE),--whole)
 
 bench: venv
 	@set -e; for name in startup cpu step_cost quality kill_resume million; do \

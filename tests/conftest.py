@@ -1,6 +1,7 @@
-"""Fixtures for all tests, and the count of those that need a GPU."""
+"""Fixtures for all tests, and the count of those that need a GPU or a browser."""
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -19,9 +20,14 @@ def poison_empty() -> Iterator[None]:
 
 
 WANTED = "no CUDA device"
+NO_BROWSER = "no Chromium"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(map(shutil.which, ("chromium", "chromium-browser"))):
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason=NO_BROWSER))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
@@ -36,5 +42,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # Of the reports, since collection takes place in processes of their own.
     skipped = terminalreporter.stats.get("skipped", [])
-    if count := sum(WANTED in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(f"GPU tests skipped, for want of a CUDA device: {count}")
+    for kind, wanted in (("GPU", WANTED), ("Browser", NO_BROWSER)):
+        if count := sum(wanted in str(report.longrepr) for report in skipped):
+            terminalreporter.write_line(f"{kind} tests skipped, because of {wanted}: {count}")

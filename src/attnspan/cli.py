@@ -15,6 +15,7 @@ import click
 from attnspan import options
 from attnspan.doctor_cli import doctor
 from attnspan.explore_cli import explore
+from attnspan.figure_cli import figure
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 from attnspan.tasks_cli import tasks
@@ -54,6 +55,7 @@ app.add_command(verify)
 app.add_command(doctor)
 app.add_command(tasks)
 app.add_command(explore)
+app.add_command(figure)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
