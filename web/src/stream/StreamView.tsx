@@ -256,7 +256,7 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
         points: series[k].map((p) => [p, value(runs[k], p)] as const),
       }));
     return [
-      made((each, p) => each.heldBytes(crest(each, p, last))),
+      made((each, p) => each.heldBytes(crest(each, p, last, log))),
       made((each, p) => (all ? each.perplexity(p) : each.recent(p, SPAN))),
     ];
   }, [series, all, marks, params.hide]);
@@ -705,9 +705,10 @@ function marksOf(runs: Run[]): Mark[] {
 }
 
 /** Where a block that is too short to be drawn holds most: right before the policy decides. */
-function crest(run: Run, p: number, last: number): number {
+function crest(run: Run, p: number, last: number, log: boolean): number {
   const { block } = run.about;
-  return block * POINTS < last ? Math.min(run.last, p - (p % block) + block - 1) : p;
+  const apart = (log ? p * Math.log(Math.max(32, last) / 16) : last) / POINTS;
+  return apart > block / 2 ? Math.min(run.last, p - (p % block) + block - 1) : p;
 }
 
 /** The positions at which each run's lines have points. */
