@@ -86,7 +86,7 @@ def prompts(writer: Writer, examples: int) -> dict[str, list[dict[str, Any]]]:
 
 def settings(speed: bool, quality: bool) -> Iterator[dict[str, Any]]:
     """What is measured; `few` are the rows that make sense for a stream without end."""
-    common = {"whole": True, "few": False, "grown": 0, "rows": 16, "most": LENGTH}
+    common = {"whole": True, "few": False, "grown": 0, "rows": 24, "most": LENGTH}
     if quality:
         for budget in (CONTEXT // 4, CONTEXT // 2):
             yield {
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--missing", action="store_true", help="only rows that aren't there")
     parser.add_argument("--passages", type=int, default=12, help="of each text")
-    parser.add_argument("--examples", type=int, default=16, help="prompts of each setting")
+    parser.add_argument("--examples", type=int, default=12, help="prompts of each setting")
     parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "cache-peers")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the two files")
     given = parser.parse_args(arguments)

@@ -18,7 +18,9 @@ from attnspan.policies import parse
 BLOCK = 16
 LAYERS = 10
 WIDER = (7, 9)
-"""The layers whose windows cost the bundled model most, by `attnspan doctor`."""
+RETRIEVAL = ((7, 0), (9, 1))
+"""The layers whose windows cost the bundled model most, and the KV heads that retrieve, by
+`attnspan doctor` (benchmarks/results/doctor_bundled.json)."""
 
 
 @lru_cache
@@ -87,7 +89,12 @@ def specs(budget: int, most: int) -> list[tuple[str, str]]:
         *few(budget),
         (f"window:{budget}", "dense"),
         (heavy(coded(budget, "int8")), "int8"),
+        (tova(budget), "dense"),
+        (snap(budget), "dense"),
+        (snap(coded(budget, "int8")), "int8"),
+        (low_norm(budget), "dense"),
         (by_layer(budget, most), "dense"),
+        (by_head(budget, most), "dense"),
         ("keep-all", "int8"),
         ("keep-all", "int4"),
     ]
@@ -108,11 +115,39 @@ def compressive(budget: int) -> str:
     return f"compressive:window={window},memory={memory},rate=4,block={BLOCK}"
 
 
+def tova(budget: int) -> str:
+    return f"tova:{budget - BLOCK + 1},block={BLOCK}"
+
+
+def snap(budget: int) -> str:
+    window = budget // 4
+    return f"snap:{budget - window + 1 - BLOCK}+window:{window},block={BLOCK}"
+
+
+def low_norm(budget: int) -> str:
+    half = (budget - 4 - BLOCK + 1) // 2
+    return f"sinks:4+norm:{half}+window:{budget - 4 - BLOCK + 1 - half},block={BLOCK}"
+
+
 def by_layer(budget: int, most: int) -> str:
     """Twice the budget in the layers that the doctor found to need most, less in the others."""
     wide = min(2 * budget, most)
     narrow = (LAYERS * budget - len(WIDER) * wide) // (LAYERS - len(WIDER))
     return f"layers({'; '.join(sinks(wide if i in WIDER else narrow) for i in range(LAYERS))})"
+
+
+def by_head(budget: int, most: int) -> str:
+    """Four times the budget in the heads that retrieve, less in the others."""
+    wide = min(4 * budget, most)
+    heads = 2 * LAYERS
+    narrow = sinks((heads * budget - len(RETRIEVAL) * wide) // (heads - len(RETRIEVAL)))
+    layers = [
+        f"heads({'; '.join(sinks(wide) if (i, h) in RETRIEVAL else narrow for h in range(2))})"
+        if any(i == layer for layer, _ in RETRIEVAL)
+        else narrow
+        for i in range(LAYERS)
+    ]
+    return f"layers({'; '.join(layers)})"
 
 
 def coded(budget: int, storage: str) -> int:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
 Ids = Sequence[int]
 LAST = 80
@@ -123,7 +124,7 @@ class Plain:
     def tried(self, ids: Tensor) -> Tensor:
         cache, seen = self.cache, self.seen
         state = None if self.state is None else copy.deepcopy(vars(self.state))
-        self.cache = copy.deepcopy(cache)
+        self.cache = _twin(cache)
         found = self.feed(ids)
         self.cache, self.seen = cache, seen
         if state is not None:
@@ -135,6 +136,16 @@ class Plain:
 
     def close(self) -> None:
         self.stack.close()
+
+
+def _twin(cache: Any) -> Any:
+    """A cache that can go on without changing the other one."""
+    if any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        return copy.deepcopy(cache)
+    # The others' layers put new tensors in the places of old ones.
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def nbytes(roots: Sequence[Any]) -> int:
