@@ -37,6 +37,7 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
             bounded(path, budget, press, closed_up)
             for press in (
                 kvpress.StreamingLLMPress(),
+                Ordered(),
                 kvpress.KnormPress(),
                 kvpress.TOVAPress(),
                 kvpress.ExpectedAttentionPress(),
@@ -60,7 +61,7 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
         cut(path, budget, kvpress.AdaKVPress(kvpress.SnapKVPress())),
         cut(path, budget, kvpress.SnapKVPress(), bits=4, steps=REQUANTISED),
     ]
-    return found + [bounded(path, budget, press) for press in scorers]
+    return found + [bounded(path, budget, press) for press in (*scorers, Ordered())]
 
 
 def cut(
@@ -132,11 +133,32 @@ def bounded(path: str, budget: int, press: Any, closed_up: bool = False) -> Row:
 
 
 def named(press: Any) -> str:
+    if isinstance(press, Ordered):
+        return "StreamingLLMPress, kept in order by us"
     inner = getattr(press, "press", None)
     options = "" if inner is None else f"({named(inner)})"
     if isinstance(press, kvpress.SnapKVPress) and press.window_size != 64:
         options = f"(window_size={press.window_size})"
     return type(press).__name__ + options
+
+
+class Ordered(kvpress.StreamingLLMPress):
+    """StreamingLLMPress with what it keeps in its order.
+
+    kvpress takes the best scores by `topk`, which puts equal ones in any order, and this press gives
+    all that it keeps the same: from the second cut on its first tokens are no longer the first.
+    """
+
+    def compress(
+        self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+    ) -> Any:
+        if not self.compression_ratio:
+            return keys, values
+        scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
+        kept = max(1, int(keys.shape[2] * (1 - self.compression_ratio)))
+        order = scores.topk(kept, dim=-1).indices.sort(dim=-1).values
+        index = order[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, index), values.gather(2, index)
 
 
 class _CutTo(kvpress.BasePress):

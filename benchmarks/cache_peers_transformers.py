@@ -34,9 +34,10 @@ def sliding(path: str, window: int) -> Any:
     config = llama(path).config.to_dict()
     for name in ("architectures", "model_type", "dtype", "attention_bias", "mlp_bias"):
         config.pop(name, None)
-    model = MistralForCausalLM(MistralConfig(**config, sliding_window=window))
-    model.load_state_dict(llama(path).state_dict())
-    return model.to(torch.bfloat16).eval()
+    # Loaded so and not cast, since a cast would take the rotary frequencies along.
+    return MistralForCausalLM.from_pretrained(
+        path, config=MistralConfig(**config, sliding_window=window), dtype=torch.bfloat16
+    ).eval()
 
 
 def rows(path: str, setting: dict[str, Any]) -> list[Row]:

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,16 +194,14 @@ def passages(row: Row, ids: Sequence[Ids], context: int, first: int, rows: int) 
     """Each passage's mean nll of its tokens from `first` on, after a prompt of `context`."""
     means: list[float] = []
     for batch in batched(ids, rows):
-        tokens = torch.tensor(batch)
-        session = row.opened(0)
-        session.context(tokens[:, :context])
-        found = []
-        for start in range(context, tokens.shape[1] - 1, 512):
-            stop = min(start + 512, tokens.shape[1] - 1)
-            logits = session.feed(tokens[:, start:stop])
-            skip = max(0, first - 1 - start)
-            found.append(nats(logits, tokens[:, start + 1 : stop + 1])[:, skip:])
-        session.close()
+        tokens, found = torch.tensor(batch), []
+        with closing(row.opened(0)) as session:
+            session.context(tokens[:, :context])
+            for start in range(context, tokens.shape[1] - 1, 512):
+                stop = min(start + 512, tokens.shape[1] - 1)
+                logits = session.feed(tokens[:, start:stop])
+                skip = max(0, first - 1 - start)
+                found.append(nats(logits, tokens[:, start + 1 : stop + 1])[:, skip:])
         means += torch.cat(found, 1).mean(1).tolist()
     return means
 
@@ -218,18 +216,17 @@ def answers(row: Row, prompts: Sequence[dict[str, Any]], rows: int) -> list[list
     found: list[list[bool]] = []
     for batch in batched(prompts, rows):
         choices = [choice for prompt in batch for choice in prompt.get("choices", ())]
-        session = row.opened(max(map(len, choices), default=0))
-        session.context(torch.tensor([prompt["context"] for prompt in batch]))
-        logits = session.feed(torch.tensor([prompt["question"] for prompt in batch]))
-        if "choices" in batch[0]:
-            found += [[right] for right in _chosen(session, batch, logits[:, -1:])]
-        else:
+        with closing(row.opened(max(map(len, choices), default=0))) as session:
+            session.context(torch.tensor([prompt["context"] for prompt in batch]))
+            logits = session.feed(torch.tensor([prompt["question"] for prompt in batch]))
+            if choices:
+                found += [[right] for right in _chosen(session, batch, logits[:, -1:])]
+                continue
             for prompt, own in zip(batch, logits, strict=True):
                 places, candidates = prompt["probes"], torch.tensor(prompt["candidates"])
                 best = candidates[own[[p - 1 for p in places]][:, candidates].argmax(1)]
                 wanted = torch.tensor([prompt["question"][p] for p in places])
                 found.append((best == wanted).tolist())
-        session.close()
     return found
 
 
@@ -249,17 +246,16 @@ def memory(row: Row, ids: Ids, context: int) -> dict[str, int]:
     The last tokens go in one at a time: enough of them that a cache which decides every so many
     tokens does so.
     """
-    session = row.opened(0)
     tokens = torch.tensor([ids])
-    session.context(tokens[:, :context])
-    sizes = [nbytes(session.held())]
     steady = max(context, len(ids) - LAST)
-    for start in range(context, steady, 512):
-        session.feed(tokens[:, start : min(start + 512, steady)])
-    for one in tokens[:, steady:].split(1, 1):
-        session.feed(one)
-        sizes.append(nbytes(session.held()))
-    session.close()
+    with closing(row.opened(0)) as session:
+        session.context(tokens[:, :context])
+        sizes = [nbytes(session.held())]
+        for start in range(context, steady, 512):
+            session.feed(tokens[:, start : min(start + 512, steady)])
+        for one in tokens[:, steady:].split(1, 1):
+            session.feed(one)
+            sizes.append(nbytes(session.held()))
     return {"after_context": sizes[0], "most": max(sizes), "end": sizes[-1]}
 
 
@@ -268,14 +264,13 @@ def speed(row: Row, ids: Ids, context: int, steps: int, repeats: int) -> dict[st
     tokens = torch.tensor([ids])
     prompts, decodes = [], []
     for number in range(repeats + 1):
-        session = row.opened(0)
-        began = time.perf_counter()
-        session.context(tokens[:, :context])
-        middle = time.perf_counter()
-        for place in range(context, context + steps):
-            session.feed(tokens[:, place : place + 1])
-        ended = time.perf_counter()
-        session.close()
+        with closing(row.opened(0)) as session:
+            began = time.perf_counter()
+            session.context(tokens[:, :context])
+            middle = time.perf_counter()
+            for place in range(context, context + steps):
+                session.feed(tokens[:, place : place + 1])
+            ended = time.perf_counter()
         if number:  # the first compiles and warms up
             prompts.append(context / (middle - began))
             decodes.append(steps / (ended - middle))
