@@ -180,7 +180,9 @@ def run(library: str, given: dict[str, Any], folder: Path) -> Iterator[dict[str,
         file = Path(place) / "inputs.json"
         file.write_text(json.dumps(given))
         command = [python, str(HERE / "cache_peers_worker.py"), library, str(file)]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as worker:
             assert worker.stdout is not None
             yield from map(json.loads, worker.stdout)
     if worker.returncode:
@@ -200,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--missing", action="store_true", help="only rows that aren't there")
     parser.add_argument("--passages", type=int, default=12, help="of each text")
-    parser.add_argument("--examples", type=int, default=12, help="prompts of each setting")
+    parser.add_argument("--examples", type=int, default=8, help="prompts of each setting")
     parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "cache-peers")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the two files")
     given = parser.parse_args(arguments)

@@ -35,9 +35,7 @@ class Attached:
         self.model = model
         self.attachment = attnspan.attach(model)
         self.attachment.__enter__()
-        self.cache = attnspan.Cache(
-            model, parse(policy), parse_storage(storage), rollback=rollback
-        )
+        self.cache = attnspan.Cache(model, parse(policy), parse_storage(storage), rollback=rollback)
 
     def context(self, ids: Tensor) -> None:
         self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)

@@ -143,19 +143,21 @@ def speed_table(result: dict[str, Any], setting: str) -> str:
     for row in sorted(rows, key=_order):
         start = [row["library"], f"`{short(row['row'])}`"]
         if "error" in row:
-            lines.append([*start, row["error"], "", ""])
+            lines.append([*start, row["error"], "", "", "", ""])
             continue
         found = row["speed"]
-        spread = f"{found['decode_least']:,.0f}-{found['decode_most']:,.0f}"
+        least, most = found["decode_wall_spread"]
         lines.append(
             [
                 *start,
-                f"{found['prompt']:,.0f}",
-                f"{found['decode']:,.0f} ({spread})",
+                f"{found['prompt_wall']:,.0f}",
+                f"{found['prompt_processor']:,.0f}",
+                f"{found['decode_wall']:,.0f} ({least:,.0f}-{most:,.0f})",
+                f"{found['decode_processor']:,.0f}",
                 f"{found['load']:.1f}",
             ]
         )
-    names = ("prompt", "one at a time", "load")
+    names = ("prompt", "by processor time", "one at a time", "by processor time", "load")
     return _table(("library", "cache", *names), lines)
 
 

@@ -58,9 +58,7 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
     if setting["few"]:
         return found
     most = setting["most"]
-    found.append(
-        row("StaticCache", "whole", lambda: StaticCache(model.config, max_cache_len=most))
-    )
+    found.append(row("StaticCache", "whole", lambda: StaticCache(model.config, max_cache_len=most)))
     for backend, bits in (("quanto", 4), ("quanto", 2), ("hqq", 8), ("hqq", 4)):
         found.append(
             row(

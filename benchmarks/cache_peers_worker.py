@@ -260,27 +260,35 @@ def memory(row: Row, ids: Ids, context: int) -> dict[str, int]:
 
 
 def speed(row: Row, ids: Ids, context: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Tokens a second of one row: the prompt, cutting included, and then one token at a time."""
+    """Tokens a second of one row: the prompt, cutting included, and then one token at a time.
+
+    Medians of wall time, and of this process's processor time, which other processes disturb less;
+    the load is the machine's over the last minute.
+    """
     tokens = torch.tensor([ids])
-    prompts, decodes = [], []
+    found: dict[str, list[float]] = {}
     for number in range(repeats + 1):
         with closing(row.opened(0)) as session:
-            began = time.perf_counter()
+            times = [_clocks()]
             session.context(tokens[:, :context])
-            middle = time.perf_counter()
+            times.append(_clocks())
             for place in range(context, context + steps):
                 session.feed(tokens[:, place : place + 1])
-            ended = time.perf_counter()
-        if number:  # the first compiles and warms up
-            prompts.append(context / (middle - began))
-            decodes.append(steps / (ended - middle))
-    return {
-        "prompt": statistics.median(prompts),
-        "decode": statistics.median(decodes),
-        "decode_least": min(decodes),
-        "decode_most": max(decodes),
-        "load": os.getloadavg()[0],
-    }
+            times.append(_clocks())
+        if not number:  # the first compiles and warms up
+            continue
+        for what, count, began, ended in zip(
+            ("prompt", "decode"), (context, steps), times, times[1:], strict=False
+        ):
+            for clock, a, b in zip(("wall", "processor"), began, ended, strict=True):
+                found.setdefault(f"{what}_{clock}", []).append(count / (b - a))
+    middle = {name: round(statistics.median(rates), 1) for name, rates in found.items()}
+    spread = [round(rate(found["decode_wall"]), 1) for rate in (min, max)]
+    return {**middle, "decode_wall_spread": spread, "load": os.getloadavg()[0]}
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def measure(library: str, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
