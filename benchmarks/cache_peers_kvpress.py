@@ -147,8 +147,8 @@ def named(press: Any) -> str:
 class Ordered(kvpress.StreamingLLMPress):
     """StreamingLLMPress with what it keeps in its order.
 
-    kvpress takes the best scores by `topk`, which puts equal ones in any order, and this press gives
-    all that it keeps the same: from the second cut on its first tokens are no longer the first.
+    kvpress takes the best scores by `topk`, which puts equal ones in any order, and this press
+    gives all that it keeps the same: from the second cut on its first are no longer the first.
     """
 
     def compress(

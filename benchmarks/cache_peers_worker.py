@@ -209,9 +209,9 @@ def passages(row: Row, ids: Sequence[Ids], context: int, first: int, rows: int) 
 def answers(row: Row, prompts: Sequence[dict[str, Any]], rows: int) -> list[list[bool]]:
     """What was right in each prompt, which all have as many tokens and questions.
 
-    The prompt goes in, is cut, and only then the question comes. A question's `probes` are places in
-    it at which one of the candidates' single tokens comes next; with `choices` one of these comes
-    after it.
+    The prompt goes in, is cut, and only then the question comes. A question's `probes` are places
+    in it at which one of the candidates' single tokens comes next; with `choices` one of these
+    comes after it.
     """
     found: list[list[bool]] = []
     for batch in batched(prompts, rows):

@@ -1,4 +1,4 @@
-"""The side by side of caches: its worker over two libraries that are here, its tables, its results."""
+"""The side by side of caches: its worker over the two libraries that are here, and its tables."""
 
 import importlib
 import json
@@ -199,7 +199,7 @@ class Told:
 
 
 def test_an_oracle_answers_all_and_one_that_is_a_token_off_does_not(modules):
-    model, tokenizer = load("bundled", "cpu")
+    _, tokenizer = load("bundled", "cpu")
     prompts = modules.driver.prompts(Writer(tokenizer, 256), 1)
     for task, made in prompts.items():
         assert len(made) == 5
