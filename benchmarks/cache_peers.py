@@ -1,8 +1,8 @@
 """attnspan's caches beside kvpress's presses and transformers' own: quality, bytes and speed.
 
 Each library runs in an environment of its own, in cache_peers_worker.py, over the same model, token
-ids and budgets. Writes benchmarks/results/cache_peers.json and .png; --report draws the picture
-again, and the tables of docs/cache-peers.md.
+ids and budgets. Writes benchmarks/results/cache_peers.json; --report then draws
+cache_peers.png beside it, and writes the tables of docs/cache-peers.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PACKAGES = {
     "kvpress": ("torch==2.13.0", "kvpress==0.5.5", "optimum-quanto==0.2.7"),
 }
 TEXTS = {"Python": python_heldout, "English": english_heldout}
-CONTEXT, LENGTH, STREAM, BUDGET = 512, 1024, 8192, 512
+CONTEXT, LENGTH, STREAM, BUDGET = 512, 1024, 4096, 512
 """Tokens of a prompt, of a prompt and what follows, of a stream, and a stream's budget."""
 
 
@@ -84,60 +84,59 @@ def prompts(writer: Writer, examples: int) -> dict[str, list[dict[str, Any]]]:
     return {"passkey": passkey, "copy": copy}
 
 
-def settings(speed: bool, quality: bool) -> Iterator[dict[str, Any]]:
+def settings(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What is measured; `few` are the rows that make sense for a stream without end."""
     common = {"whole": True, "few": False, "grown": 0, "rows": 24, "most": LENGTH}
-    if quality:
-        for budget in (CONTEXT // 4, CONTEXT // 2):
+    for budget in (CONTEXT // 4, CONTEXT // 2):
+        if "text" in names:
             yield {
                 **common,
-                "whole": budget == CONTEXT // 4,
                 "name": "text",
+                "whole": budget == CONTEXT // 4,
                 "budget": budget,
                 "grown": budget + LENGTH - CONTEXT,
                 "context": CONTEXT,
                 "first": CONTEXT + 1,
                 "passages": "passages",
             }
-        for budget in (LENGTH // 4, LENGTH // 2):
+    for budget in (LENGTH // 4, LENGTH // 2):
+        if "tasks" in names:
             yield {
                 **common,
-                "whole": budget == LENGTH // 4,
                 "name": "tasks",
+                "whole": budget == LENGTH // 4,
                 "budget": budget,
                 "context": LENGTH,
                 "tasks": ["passkey", "copy"],
             }
+    if "stream" in names:
         yield {
             **common,
             "name": "stream",
             "few": True,
-            "rows": 8,
             "most": STREAM,
             "budget": BUDGET,
             "context": BUDGET,
             "first": LENGTH + 1,
             "passages": "streams",
         }
-    if speed:
-        timed = {"speed": "streams", "budget": 256}
+    if "speed" in names:
+        # Threads that wait for each other would time the machine's other work.
+        timed = {**common, "speed": "timed", "steps": 100, "threads": 1}
         yield {
-            **common,
             **timed,
             "name": "speed",
+            "budget": 256,
             "context": 1000,
-            "steps": 100,
             "repeats": 5,
             "most": 1100,
         }
         yield {
-            **common,
             **timed,
             "name": "speed, long",
             "few": True,
             "budget": BUDGET,
             "context": 8000,
-            "steps": 100,
             "repeats": 3,
             "most": 8100,
         }
@@ -155,6 +154,7 @@ def inputs(count: int, examples: int) -> dict[str, Any]:
         made["streams"] += spread(ids, bos, STREAM, max(1, count // 4))
         made["texts"] += [name] * count
         made["stream_texts"] += [name] * max(1, count // 4)
+    made["timed"] = spread(list(python_heldout().encode()), bos, 8192, 1)
     return made | prompts(Writer(tokenizer, bos), examples)
 
 
@@ -195,28 +195,26 @@ def key(row: dict[str, Any]) -> list[Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="from the figures that are there")
-    parser.add_argument("--speed", action="store_true", help="measure the speed alone, anew")
-    parser.add_argument("--quality", action="store_true", help="measure all but the speed anew")
+    parser.add_argument("--report", action="store_true", help="the picture and the tables")
+    parser.add_argument("--settings", default="text,tasks,stream,speed", help="which, with commas")
     parser.add_argument("--libraries", default=",".join(PACKAGES), help="which, with commas")
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--missing", action="store_true", help="only rows that aren't there")
     parser.add_argument("--passages", type=int, default=12, help="of each text")
     parser.add_argument("--examples", type=int, default=8, help="prompts of each setting")
     parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "cache-peers")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the two files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
     given = parser.parse_args(arguments)
     path = given.out.resolve() / "cache_peers.json"
     if not given.report:
         measure(given, path)
-    result = json.loads(path.read_text())
-    write_file(path.with_suffix(".png"), draw(result))
-    if given.report:
+    else:
+        result = json.loads(path.read_text())
+        write_file(path.with_suffix(".png"), draw(result))
         write_file(DOCS, tables(result, DOCS.read_text()).encode())
 
 
 def measure(given: argparse.Namespace, path: Path) -> None:
-    both = given.speed == given.quality
     old = json.loads(path.read_text()) if path.exists() else {"versions": {}, "rows": []}
     made = inputs(given.passages, given.examples)
     made |= {
@@ -224,7 +222,7 @@ def measure(given: argparse.Namespace, path: Path) -> None:
         "threads": torch.get_num_threads(),
         "only": given.only,
         "known": [key(row) for row in old["rows"]] if given.missing else [],
-        "settings": list(settings(both or given.speed, both or given.quality)),
+        "settings": list(settings(given.settings.split(","))),
     }
     result = {
         **old,

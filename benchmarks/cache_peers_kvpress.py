@@ -33,17 +33,9 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
     budget = setting["budget"]
     found = [Row("DynamicCache", "whole", lambda _: Plain(llama(path), DynamicCache()))]
     if setting["few"]:
-        return found + [
-            bounded(path, budget, press, closed_up)
-            for press in (
-                kvpress.StreamingLLMPress(),
-                Ordered(),
-                kvpress.KnormPress(),
-                kvpress.TOVAPress(),
-                kvpress.ExpectedAttentionPress(),
-            )
-            for closed_up in (False, True)
-        ]
+        streaming = kvpress.StreamingLLMPress(), Ordered(), kvpress.TOVAPress()
+        found += [bounded(path, budget, press) for press in streaming]
+        return found + [bounded(path, budget, press, closed_up=True) for press in streaming[1:]]
     scorers = (
         kvpress.StreamingLLMPress(),
         kvpress.SnapKVPress(),
