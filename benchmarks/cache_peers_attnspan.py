@@ -16,7 +16,7 @@ from attnspan.cache import parse_storage
 from attnspan.policies import parse
 
 BLOCK = 16
-LAYERS = 10
+LAYERS, TRAINED = 10, 1024
 WIDER = (7, 9)
 RETRIEVAL = ((7, 0), (9, 1))
 """The layers whose windows cost the bundled model most, and the KV heads that retrieve, by
@@ -64,6 +64,8 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
         return Row(name, kind, lambda undo: Attached(llama(path), policy, storage, undo))
 
     chosen = few(budget) if setting["few"] else specs(budget, most)
+    if setting["few"] and coded(budget, "int4") > TRAINED:
+        chosen.append((sinks(TRAINED), "int4"))
     if setting["grown"]:
         chosen += few(setting["grown"])[1:3]
     return [row(policy, storage) for policy, storage in chosen]
