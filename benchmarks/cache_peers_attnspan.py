@@ -89,10 +89,8 @@ def specs(budget: int, most: int) -> list[tuple[str, str]]:
         *few(budget),
         (f"window:{budget}", "dense"),
         (heavy(coded(budget, "int8")), "int8"),
-        (tova(budget), "dense"),
         (snap(budget), "dense"),
         (snap(coded(budget, "int8")), "int8"),
-        (low_norm(budget), "dense"),
         (by_layer(budget, most), "dense"),
         (by_head(budget, most), "dense"),
         ("keep-all", "int8"),
@@ -115,18 +113,9 @@ def compressive(budget: int) -> str:
     return f"compressive:window={window},memory={memory},rate=4,block={BLOCK}"
 
 
-def tova(budget: int) -> str:
-    return f"tova:{budget - BLOCK + 1},block={BLOCK}"
-
-
 def snap(budget: int) -> str:
     window = budget // 4
     return f"snap:{budget - window + 1 - BLOCK}+window:{window},block={BLOCK}"
-
-
-def low_norm(budget: int) -> str:
-    half = (budget - 4 - BLOCK + 1) // 2
-    return f"sinks:4+norm:{half}+window:{budget - 4 - BLOCK + 1 - half},block={BLOCK}"
 
 
 def by_layer(budget: int, most: int) -> str:

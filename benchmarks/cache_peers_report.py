@@ -157,6 +157,8 @@ def speed_table(result: dict[str, Any], setting: str) -> str:
                 f"{found['load']:.1f}",
             ]
         )
+    if not lines:
+        return "Not measured yet."
     names = ("prompt", "by processor time", "one at a time", "by processor time", "load")
     return _table(("library", "cache", *names), lines)
 
@@ -196,11 +198,16 @@ def draw(result: dict[str, Any]) -> bytes:
 
     against = base(result, "text")
     panels: tuple[tuple[str, str, Callable[[Row], Rate], bool], ...] = (
-        ("text", "perplexity over the whole cache's", lambda row: ratio(row, against), False),
+        (
+            "text",
+            "perplexity lost, % (0.1 and less at 0.1)",
+            lambda row: _lost(row, against),
+            False,
+        ),
         ("tasks", "copy: share of right tokens", lambda row: accuracy(row, "copy"), True),
         ("tasks", "passkey: share of right answers", lambda row: accuracy(row, "passkey"), True),
     )
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(17, 5), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (setting, title, measured, more) in zip(axes, panels, strict=True):
         rows = [r for r in result["rows"] if r["setting"] == setting and "error" not in r]
@@ -219,8 +226,8 @@ def draw(result: dict[str, Any]) -> bytes:
         for row in front(rows, measured, more):
             place = row["bytes"]["most"] / 1024, measured(row).value
             name = short(row["row"])
-            name = name if len(name) < 32 else f"{name[:29]}..."
-            axis.annotate(name, place, (4, 4), textcoords="offset points", fontsize=6)
+            name = name if len(name) < 45 else f"{name[:42]}..."
+            axis.annotate(name, place, (5, -9), textcoords="offset points", fontsize=6)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_title(title)
@@ -229,11 +236,15 @@ def draw(result: dict[str, Any]) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
     _legend(axes[-1])
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()
+
+
+def _lost(row: Row, against: Row) -> Rate:
+    found = ratio(row, against)
+    return Rate(*(max(0.1, 100 * (x - 1)) for x in (found.value, found.low, found.high)))
 
 
 def front(rows: Sequence[Row], measured: Callable[[Row], Rate], more: bool) -> list[Row]:
@@ -256,4 +267,7 @@ def _legend(axis: Any) -> None:
         Line2D([], [], color="#555555", marker=MARKERS[kind], linestyle="", label=label)
         for kind, label in kinds.items()
     ]
-    axis.legend(handles=lines, fontsize="small", frameon=False, loc="lower right")
+    # Beside the panel, where it covers no point.
+    axis.legend(
+        handles=lines, fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )

@@ -68,5 +68,13 @@ def rows(path: str, setting: dict[str, Any]) -> list[Row]:
                 steps=REQUANTISED,
             )
         )
+    found.append(
+        row(
+            "QuantizedCache, quanto, 4 bits, residual_length=1",
+            "whole",
+            lambda: QuantizedCache("quanto", model.config, nbits=4, residual_length=1),
+            steps="the whole cache is quantised anew at every token",
+        )
+    )
     found.append(row("QuantizedCache, fp8", "whole", lambda: QuantizedCache("fp8", model.config)))
     return found
