@@ -67,7 +67,7 @@ def test_two_errors_of_few_blocks_are_too_little():
 
     def two_errors(row):
         low, high = (math.log(end) for end in ours(row))
-        middle, error = (low + high) / 2, (high - low) / 2 * 2 / intervals._T[2]
+        middle, error = (low + high) / 2, (high - low) / 2 * 2 / intervals.STUDENT[2]
         return math.exp(middle - error), math.exp(middle + error)
 
     rows = gaps(256, ties=0.0)
@@ -102,7 +102,7 @@ def test_long_texts_have_longer_blocks():
 def test_any_length_has_a_quantile():
     for length in (*range(128, 10_000), 10**6 - 1):
         size = max(intervals.BLOCK, length // intervals.MOST_BLOCKS)
-        assert 2 <= length // size <= len(intervals._T) + 1
+        assert 2 <= length // size <= len(intervals.STUDENT) + 1
 
 
 @pytest.mark.parametrize("degrees", range(1, 32))
@@ -118,7 +118,7 @@ def test_quantiles_are_those_of_student_s_density(degrees):
         weights[1:-1:2], weights[2:-1:2] = 4, 2
         return 0.5 + float((weights * density).sum()) * end / steps / 3
 
-    value = intervals._T[degrees - 1]
+    value = intervals.STUDENT[degrees - 1]
     assert share(value - 0.0006) < 0.975 < share(value + 0.0006)
 
 
