@@ -543,6 +543,9 @@ def test_a_stream_is_watched(address: str, watch: Callable[..., Watched]) -> Non
         "() => Number(document.querySelector('[data-testid=stream-at]').dataset.value) > 900"
     )
     page.get_by_test_id("stream-play").click()
+    # The frame that was on its way when the button was pressed is still drawn.
+    page.wait_for_selector('[data-testid="stream-play"][aria-label="Play"]')
+    page.wait_for_timeout(200)
     stopped = int(page.get_by_test_id("stream-at").get_attribute("data-value") or 0)
     page.wait_for_timeout(300)
     assert int(page.get_by_test_id("stream-at").get_attribute("data-value") or 0) == stopped
