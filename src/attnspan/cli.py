@@ -17,6 +17,7 @@ from attnspan.doctor_cli import doctor
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 from attnspan.tasks_cli import tasks
+from attnspan.tune_cli import tune
 from attnspan.verify_cli import verify
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ app.add_command(ring)
 app.add_command(verify)
 app.add_command(doctor)
 app.add_command(tasks)
+app.add_command(tune)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
@@ -115,6 +117,7 @@ _folder = click.Path(path_type=Path)
 @_chunk
 @click.option("--seed", type=options.Count(0), default=0, help="Of the continuation.")
 @options.device
+@options.dtype
 @click.option(
     "--graphs",
     is_flag=True,
@@ -136,6 +139,7 @@ def stream(
     chunk: int,
     seed: int,
     device: str | None,
+    dtype: str | None,
     graphs: bool,
 ) -> None:
     """Stream a text through a model whose cache is bounded by a policy, and score every token."""
@@ -153,7 +157,7 @@ def stream(
 
             held = parse_storage(storage)
             stretch = None if rope is None else parse_stretch(rope)
-            loaded, tokenizer = load(model, device, stretch=stretch)
+            loaded, tokenizer = load(model, device, options.parse_dtype(dtype), stretch)
         result = stream_text(
             loaded,
             tokenizer,

@@ -1,0 +1,467 @@
+"""The search: what loses little is found on few passages, and told apart on more and more.
+
+1. Each family of policies under a few budgets, the same for all layers. The best families go on.
+2. Each layer alone under each budget, all others whole; then the heads of the layers that lose
+   most, each alone. So it is known what a budget costs where.
+3. Budgets by layer that should lose least at many numbers of bytes, if these losses added up
+   (`knapsack.frontier`). They are candidates, as are equal budgets and pyramids, in each storage.
+4. Candidates are measured as a whole, on few passages; those near the Pareto front of bytes and
+   loss go on to twice as many (successive halving, https://arxiv.org/abs/1502.07943). Losses don't
+   quite add up: after the first round, what was measured says by how much, and further budgets
+   join that should just meet the demand.
+5. The last ones have been measured on all passages that a choice may see.
+
+Nothing but measured losses leaves here. The order of all measurements depends on the measured
+values alone, so that a search which is interrupted and goes on comes to the same end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from attnspan.cache import Dense, Storage
+from attnspan.evaluation.tune.knapsack import Option, frontier, pareto
+from attnspan.evaluation.tune.space import Choice, Space
+from attnspan.policies import KeepAll, PerLayer, Policy
+from attnspan.policies.pyramid import pyramid
+
+FIRST = 4
+"""Passages of the proxies and of the first round."""
+
+FAMILIES_KEPT = 2
+SPLIT = 3
+"""Layers whose heads are told apart."""
+
+FINALISTS = 8
+"""Candidates that are measured on all passages, at most."""
+
+PYRAMIDS = (0.25, 1.75)
+"""The last layer's budget in parts of the mean."""
+
+_NEAR = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+"""Expected losses at which budgets are tried, in parts of the demand."""
+
+
+class Oracle(Protocol):
+    """What a search asks."""
+
+    def losses(self, choice: Choice, count: int) -> Sequence[float]:
+        """Nats a token more than the full cache, on each of the first `count` passages."""
+        ...
+
+    def bytes(self, choice: Choice) -> tuple[int, ...]:
+        """What each layer allocates for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked for: one of the two.
+
+    Attributes:
+        nats: a token, lost at most.
+        bytes: allocated at most.
+    """
+
+    nats: float | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice that was measured.
+
+    Attributes:
+        bytes: allocated.
+        losses: nats a token more than the full cache, passage by passage.
+    """
+
+    choice: Choice
+    bytes: int
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        return math.fsum(self.losses) / len(self.losses)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation between passages."""
+        mean, count = self.loss, len(self.losses)
+        return math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / max(1, count - 1))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search comes to.
+
+    Attributes:
+        points: all candidates, each on as many passages as it was measured on.
+        finalists: those that were measured on all passages.
+        families: that went on to budgets by layer.
+        alone: for each family and group of layers, the loss under each budget.
+    """
+
+    points: list[Point]
+    finalists: list[Point]
+    families: list[str]
+    alone: dict[str, list[dict[int, float]]]
+
+
+Tell = Callable[[str, int, int], None]
+"""Takes a stage, the passages that are done, and of how many."""
+
+
+def search(
+    oracle: Oracle, space: Space, passages: int, demand: Demand, tell: Tell = lambda *_: None
+) -> Found:
+    """Runs it; `passages` are those that it may see."""
+    return _Search(oracle, space, passages, demand, tell).run()
+
+
+class _Search:
+    def __init__(
+        self, oracle: Oracle, space: Space, passages: int, demand: Demand, tell: Tell
+    ) -> None:
+        self.oracle, self.space, self.passages = oracle, space, passages
+        self.demand, self.tell = demand, tell
+        self.first = min(FIRST, passages)
+
+    def run(self) -> Found:
+        families = self._families()
+        # The best family is asked about every budget, the others about every other one.
+        alone = {
+            family: self._alone(family, self.space.few_budgets if i else self.space.budgets)
+            for i, family in enumerate(families)
+        }
+        options = [self._options(group, alone) for group in range(len(self.space.groups))]
+        base = self._storages()
+        equal = [*self._even(families), *self._pyramids(families[0])]
+        candidates: dict[Choice, float] = {}  # and what each is expected to lose
+        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]] = {}
+        for storage in self.space.storages:
+            frontiers[storage] = frontier(
+                [self._priced(i, some, storage) for i, some in enumerate(options)]
+            )
+            for each in self._spread(frontiers[storage], base[storage]):
+                choice = Choice(self.space.policy(each.value), storage)
+                candidates.setdefault(choice, base[storage] + each.loss)
+            for policy, loss in equal:
+                candidates.setdefault(Choice(policy, storage), base[storage] + loss)
+        return self._rounds(candidates, frontiers, base, families, alone)
+
+    # Proxies ------------------------------------------------------------------------------------
+
+    def _loss(self, policy: Policy | PerLayer, storage: Storage | None = None) -> float:
+        losses = self.oracle.losses(Choice(policy, storage or Dense()), self.first)
+        return math.fsum(losses) / len(losses)
+
+    def _families(self) -> list[str]:
+        """The families that lose least where all layers are alike, the best one first."""
+        names, budgets = self.space.families, self.space.few_budgets
+        asked = [(f, b, self.space.member(f, b)) for f in names for b in budgets]
+        asked = [(f, b, policy) for f, b, policy in asked if policy is not None]
+        self.even: dict[tuple[str, int], float] = {}
+        for done, (family, budget, policy) in enumerate(asked):
+            self.tell("equal budgets", done * self.first, len(asked) * self.first)
+            self.even[family, budget] = self._loss(policy)
+        self.tell("equal budgets", len(asked) * self.first, len(asked) * self.first)
+        firsts = dict.fromkeys(names, 0)
+        sums = dict.fromkeys(names, 0.0)
+        for budget in budgets:
+            row = {f: self.even.get((f, budget), math.inf) for f in names}
+            firsts[min(names, key=lambda f: row[f])] += 1
+            for family, loss in row.items():
+                sums[family] += loss
+        order = sorted(names, key=lambda f: (-firsts[f], sums[f]))
+        return order[:FAMILIES_KEPT]
+
+    def _alone(self, family: str, budgets: Sequence[int]) -> list[dict[int, float]]:
+        """What each group of layers loses under each budget, all others whole."""
+        groups = self.space.groups
+        found: list[dict[int, float]] = []
+        total = len(groups) * len(budgets) * self.first
+        for group in range(len(groups)):
+            row: dict[int, float] = {}
+            for i, budget in enumerate(budgets):
+                done = (group * len(budgets) + i) * self.first
+                self.tell(f"layers alone, {family}", done, total)
+                policy = self.space.member(family, budget)
+                if policy is not None:
+                    row[budget] = self._loss(self.space.alone(group, policy))
+            found.append(_rising(row))
+        self.tell(f"layers alone, {family}", total, total)
+        return found
+
+    def _options(
+        self, group: int, alone: dict[str, list[dict[int, float]]]
+    ) -> list[tuple[Policy, float]]:
+        """What may be done with a group of layers, and what it loses."""
+        found = [(self.space.whole, 0.0)]
+        for family, rows in alone.items():
+            for budget, loss in rows[group].items():
+                policy = self.space.member(family, budget)
+                assert policy is not None
+                found.append((policy, loss))
+        return found + self._by_head(group, alone)
+
+    def _by_head(
+        self, group: int, alone: dict[str, list[dict[int, float]]]
+    ) -> list[tuple[Policy, float]]:
+        """The same with budgets by head, for the groups that lose most."""
+        heads = self.space.heads(group)
+        family, rows = next(iter(alone.items()))
+        if len(heads) < 2 or group not in _dearest(rows, SPLIT):
+            return []
+        whole, budgets = self.space.whole, list(rows[group])[::2]
+        parts: list[list[Option[Policy]]] = []
+        total = len(heads) * len(budgets) * self.first
+        stage = f"heads alone, layer {self.space.groups[group][0]}"
+        for head in range(len(heads)):
+            row: dict[int, float] = {}
+            for i, budget in enumerate(budgets):
+                self.tell(stage, (head * len(budgets) + i) * self.first, total)
+                small = self.space.member(family, budget)
+                assert small is not None
+                chosen = [small if h == head else whole for h in range(len(heads))]
+                policy = self.space.by_head(group, chosen)
+                row[budget] = self._loss(self.space.alone(group, policy))
+            options = [Option(self.space.top, 0.0, whole)]
+            for budget, loss in _rising(row).items():
+                small = self.space.member(family, budget)
+                assert small is not None
+                options.append(Option(budget, loss, small))
+            # Groups of heads may differ in how many they have.
+            parts.append([Option(o.bytes * len(heads[head]), o.loss, o.value) for o in options])
+        self.tell(stage, total, total)
+        return [
+            (self.space.by_head(group, each.value), each.loss)
+            for each in frontier(parts)
+            if len(set(each.value)) > 1
+        ]
+
+    def _storages(self) -> dict[Storage, float]:
+        """What each storage loses by itself."""
+        return {
+            storage: 0.0 if storage == Dense() else self._loss(KeepAll(), storage)
+            for storage in self.space.storages
+        }
+
+    # Candidates -----------------------------------------------------------------------------------
+
+    def _priced(
+        self, group: int, options: Sequence[tuple[Policy, float]], storage: Storage
+    ) -> list[Option[Policy]]:
+        layers = self.space.groups[group]
+        found = []
+        for policy, loss in options:
+            sizes = self.oracle.bytes(Choice(policy, storage))
+            found.append(Option(sum(sizes[layer] for layer in layers), loss, policy))
+        return found
+
+    def _spread(
+        self, rising: Sequence[Option[tuple[Policy, ...]]], base: float
+    ) -> list[Option[tuple[Policy, ...]]]:
+        """Of a frontier, what lies near the demand, and some all along it."""
+        fixed = self._fixed()
+        chosen: dict[int, Option[tuple[Policy, ...]]] = {}
+
+        def last(holds: Callable[[Option[tuple[Policy, ...]]], bool]) -> None:
+            fitting = [each for each in rising if holds(each)]
+            if fitting:
+                chosen[fitting[-1].bytes] = fitting[-1]
+
+        size = rising[-1].bytes + fixed
+        while size > rising[0].bytes + fixed:
+            last(lambda each, size=size: each.bytes + fixed <= size)
+            size = int(size / math.sqrt(2))
+        chosen[rising[0].bytes] = rising[0]
+        if self.demand.bytes is not None:
+            for part in (1.0, 0.95, 0.9, 0.8):
+                bound = int(part * self.demand.bytes)
+                last(lambda each, bound=bound: each.bytes + fixed <= bound)
+        elif self.demand.nats is not None:
+            for part in _NEAR:
+                bound = part * self.demand.nats - base
+                fitting = [each for each in rising if each.loss <= bound]
+                if fitting:
+                    chosen[fitting[0].bytes] = fitting[0]
+        return [chosen[size] for size in sorted(chosen)]
+
+    def _fixed(self) -> int:
+        """Bytes of the layers that keep their own window, whatever is chosen for the others."""
+        free = {layer for group in self.space.groups for layer in group}
+        sizes = self.oracle.bytes(Choice(self.space.whole, self.space.storages[0]))
+        return sum(size for layer, size in enumerate(sizes) if layer not in free)
+
+    def _even(self, families: Iterable[str]) -> list[tuple[Policy, float]]:
+        """Equal budgets of the families that went on, and what they lose."""
+        kept = set(families)
+        found = [
+            (policy, loss)
+            for (family, budget), loss in self.even.items()
+            if family in kept and (policy := self.space.member(family, budget)) is not None
+        ]
+        return [(KeepAll(), 0.0), (self.space.whole, 0.0), *found]
+
+    def _pyramids(self, family: str) -> list[tuple[Policy | PerLayer, float]]:
+        """Budgets that fall, or rise, with depth, and what they lose."""
+        groups = self.space.groups
+
+        def make(tokens: int) -> Policy:
+            policy = self.space.member(family, min(tokens, self.space.top))
+            if policy is None:
+                raise ValueError
+            return policy
+
+        made: list[Policy | PerLayer] = []
+        for budget in self.space.few_budgets if len(groups) > 1 else ():
+            for last in PYRAMIDS:
+                try:
+                    layers = pyramid(make, budget, len(groups), last=last).policies
+                except ValueError:  # a budget at one end is too few
+                    continue
+                made.append(self.space.policy(layers))
+        found = []
+        for done, policy in enumerate(made):
+            self.tell("pyramids", done * self.first, len(made) * self.first)
+            found.append((policy, self._loss(policy)))
+        self.tell("pyramids", len(made) * self.first, len(made) * self.first)
+        return found
+
+    # Rounds ---------------------------------------------------------------------------------------
+
+    def _rounds(
+        self,
+        candidates: dict[Choice, float],
+        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]],
+        base: dict[Storage, float],
+        families: list[str],
+        alone: dict[str, list[dict[int, float]]],
+    ) -> Found:
+        expected = dict(candidates)
+        running = self._worth_a_run(candidates)
+        found: dict[Choice, Point] = {}
+        count = self.first
+
+        def measure(choices: Sequence[Choice], count: int, before: int) -> None:
+            each, stage = count - before, f"{len(choices)} candidates, {count} passages"
+            for done, choice in enumerate(choices):
+                if each:
+                    self.tell(stage, done * each, len(choices) * each)
+                losses = tuple(self.oracle.losses(choice, count))
+                found[choice] = Point(choice, sum(self.oracle.bytes(choice)), losses)
+            if each:
+                self.tell(stage, len(choices) * each, len(choices) * each)
+
+        measure(running, count, 0)
+        more = self._corrected(found, expected, frontiers, base)
+        more = [choice for choice in more if choice not in found]
+        measure(more, count, 0)
+        running += more
+        while True:
+            if count == self.passages and len(running) <= FINALISTS:
+                break
+            running = self._nearest([found[choice] for choice in running])
+            before, count = count, min(2 * count, self.passages)
+            measure(running, count, before)
+        points = list(found.values())
+        return Found(points, [found[choice] for choice in running], families, alone)
+
+    def _worth_a_run(self, candidates: dict[Choice, float]) -> list[Choice]:
+        """All but those that another should beat by far, in bytes and in loss."""
+        sizes = {choice: sum(self.oracle.bytes(choice)) for choice in candidates}
+
+        def beaten(choice: Choice) -> bool:
+            return any(
+                sizes[other] <= 0.8 * sizes[choice] and loss <= 0.7 * candidates[choice]
+                for other, loss in candidates.items()
+            )
+
+        return [
+            choice
+            for choice in candidates
+            if choice == Choice(KeepAll(), choice.storage) or not beaten(choice)
+        ]
+
+    def _corrected(
+        self,
+        found: dict[Choice, Point],
+        expected: dict[Choice, float],
+        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]],
+        base: dict[Storage, float],
+    ) -> list[Choice]:
+        """Further budgets that should just meet the demand, by how far off the first ones were."""
+        if self.demand.nats is None:
+            return []
+        more: dict[Choice, None] = {}
+        for storage, rising in frontiers.items():
+            pairs = [
+                (expected[choice] - base[storage], point.loss - base[storage])
+                for choice, point in found.items()
+                if choice.storage == storage
+                and isinstance(choice.policy, PerLayer)
+                and 0.25 * self.demand.nats <= point.loss <= 2 * self.demand.nats
+                and expected[choice] > base[storage]
+            ]
+            foreseen = math.fsum(pair[0] for pair in pairs)
+            measured = math.fsum(pair[1] for pair in pairs)
+            if foreseen <= 0 or measured <= 0:
+                continue
+            off = measured / foreseen
+            for part in _NEAR:
+                bound = (part * self.demand.nats - base[storage]) / off
+                fitting = [each for each in rising if each.loss <= bound]
+                if fitting:
+                    more[Choice(self.space.policy(fitting[0].value), storage)] = None
+        return list(more)
+
+    def _nearest(self, points: Sequence[Point]) -> list[Choice]:
+        """Those nearest to the front and to the demand: half of them, `FINALISTS` at least."""
+        keep = max(FINALISTS, math.ceil(len(points) / 2))
+        scale = self.demand.nats
+        if scale is None:
+            assert self.demand.bytes is not None
+            fitting = [p.loss for p in points if p.bytes <= self.demand.bytes]
+            scale = max(min(fitting, default=1.0), 1e-3)
+
+        def rank(point: Point) -> float:
+            best = min(each.loss for each in points if each.bytes <= point.bytes)
+            behind = (point.loss - best) / scale
+            if self.demand.bytes is not None:
+                away = abs(math.log2(point.bytes / self.demand.bytes))
+                return behind + (away if point.bytes <= self.demand.bytes else 4 * away)
+            # What counts is the upper end that its interval will have, on all passages.
+            high = point.loss + 2 * point.deviation / math.sqrt(self.passages)
+            away = math.log2(max(high, scale / 16) / scale)
+            return behind + (2 * away if away > 0 else -away)
+
+        order = sorted(points, key=lambda point: (rank(point), point.bytes))
+        return [point.choice for point in order[:keep]]
+
+
+def _rising(row: dict[int, float]) -> dict[int, float]:
+    """Losses by budget, from the largest on: none is less than that of a larger budget, or zero.
+
+    >>> _rising({8: 0.25, 4: 0.125, 2: 0.5})
+    {8: 0.25, 4: 0.25, 2: 0.5}
+    """
+    most, found = 0.0, {}
+    for budget, loss in row.items():
+        most = max(most, loss)
+        found[budget] = most
+    return found
+
+
+def _dearest(rows: Sequence[dict[int, float]], count: int) -> list[int]:
+    """The groups that lose most, all budgets together."""
+    totals = [math.fsum(row.values()) for row in rows]
+    return sorted(range(len(rows)), key=lambda group: -totals[group])[:count]
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """Those that no point of as few bytes loses less than, by rising bytes."""
+    return [each.value for each in pareto(Option(p.bytes, p.loss, p) for p in points)]
