@@ -1,15 +1,17 @@
 """The search: what loses little is found on few passages, and told apart on more and more.
 
-1. Each family of policies under a few budgets, the same for all layers. The best families go on.
-2. Each layer alone under each budget, all others whole; then the heads of the layers that lose
+1. Each storage by itself; then each family of policies under a few budgets, the same for all
+   layers, in the smallest storage that may do. The best families go on.
+2. Each layer alone under these budgets, all others whole; then the heads of the layers that lose
    most, each alone. So it is known what a budget costs where.
 3. Budgets by layer that should lose least at many numbers of bytes, if these losses added up
    (`knapsack.frontier`). They are candidates, as are equal budgets and pyramids, in each storage.
 4. Candidates are measured as a whole, on few passages; those near the Pareto front of bytes and
-   loss go on to twice as many (successive halving, https://arxiv.org/abs/1502.07943). Losses don't
-   quite add up: after the first round, what was measured says by how much, and further budgets
-   join that should just meet the demand.
-5. The last ones have been measured on all passages that a choice may see.
+   loss go on to twice as many (successive halving, https://arxiv.org/abs/1502.07943).
+5. Losses don't quite add up: what one layer loses depends on what others have. So from the best
+   candidate on, each layer is given a little more and a little less, and what that changes goes
+   into budgets by layer again, a few times over.
+6. The last ones have been measured on all passages that a choice may see.
 
 Nothing but measured losses leaves here. The order of all measurements depends on the measured
 values alone, so that a search which is interrupted and goes on comes to the same end.
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from attnspan.cache import Dense, Storage
+from attnspan.cache import Storage
 from attnspan.evaluation.tune.knapsack import Option, frontier, pareto
 from attnspan.evaluation.tune.space import Choice, Space
 from attnspan.policies import KeepAll, PerLayer, Policy
@@ -38,8 +40,14 @@ SPLIT = 3
 FINALISTS = 8
 """Candidates that are measured on all passages, at most."""
 
+_USUAL = 0.02
+"""Nats that a storage may lose where a memory is asked for."""
+
 PYRAMIDS = (0.25, 1.75)
 """The last layer's budget in parts of the mean."""
+
+REFINED = 3
+"""How often budgets are changed a little around the best candidate."""
 
 _NEAR = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 """Expected losses at which budgets are tried, in parts of the demand."""
@@ -129,35 +137,58 @@ class _Search:
         self.oracle, self.space, self.passages = oracle, space, passages
         self.demand, self.tell = demand, tell
         self.first = min(FIRST, passages)
+        self.found: dict[Choice, Point] = {}
 
     def run(self) -> Found:
-        families = self._families()
-        # The best family is asked about every budget, the others about every other one.
-        alone = {
-            family: self._alone(family, self.space.few_budgets if i else self.space.budgets)
-            for i, family in enumerate(families)
-        }
-        options = [self._options(group, alone) for group in range(len(self.space.groups))]
         base = self._storages()
+        self.storage = self._proxy_storage(base)
+        families = self._families()
+        alone = {family: self._alone(family) for family in families}
+        options = [self._options(group, alone) for group in range(len(self.space.groups))]
         equal = [*self._even(families), *self._pyramids(families[0])]
         candidates: dict[Choice, float] = {}  # and what each is expected to lose
-        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]] = {}
         for storage in self.space.storages:
-            frontiers[storage] = frontier(
-                [self._priced(i, some, storage) for i, some in enumerate(options)]
-            )
-            for each in self._spread(frontiers[storage], base[storage]):
+            rising = frontier([self._priced(i, some, storage) for i, some in enumerate(options)])
+            for each in self._spread(rising, base[storage]):
                 choice = Choice(self.space.policy(each.value), storage)
                 candidates.setdefault(choice, base[storage] + each.loss)
             for policy, loss in equal:
                 candidates.setdefault(Choice(policy, storage), base[storage] + loss)
-        return self._rounds(candidates, frontiers, base, families, alone)
+        running = self._rounds(self._worth_a_run(candidates))
+        points = [self.found[choice] for choice in running]
+        return Found(list(self.found.values()), points, families, alone)
 
     # Proxies ------------------------------------------------------------------------------------
 
-    def _loss(self, policy: Policy | PerLayer, storage: Storage | None = None) -> float:
-        losses = self.oracle.losses(Choice(policy, storage or Dense()), self.first)
-        return math.fsum(losses) / len(losses)
+    def _loss(self, policy: Policy | PerLayer) -> float:
+        """Beyond what the storage of the proxies loses by itself."""
+        own, whole = (
+            self.oracle.losses(Choice(each, self.storage), self.first)
+            for each in (policy, self.space.whole)
+        )
+        return math.fsum(a - b for a, b in zip(own, whole, strict=True)) / self.first
+
+    def _storages(self) -> dict[Storage, float]:
+        """What each storage loses by itself."""
+        found = {}
+        for storage in self.space.storages:
+            losses = self.oracle.losses(Choice(self.space.whole, storage), self.first)
+            found[storage] = math.fsum(losses) / self.first
+        return found
+
+    def _proxy_storage(self, base: dict[Storage, float]) -> Storage:
+        """The smallest storage that leaves a policy half of what may be lost, or that loses least.
+
+        Policies go with storages unequally: some keep sinks as they are, beside codes.
+        """
+        allowed = 0.5 * (self.demand.nats or _USUAL)
+        sizes = {each: sum(self.oracle.bytes(Choice(self.space.whole, each))) for each in base}
+        fitting = [each for each in base if base[each] <= allowed]
+        return (
+            min(fitting, key=lambda each: sizes[each])
+            if fitting
+            else min(base, key=base.__getitem__)
+        )
 
     def _families(self) -> list[str]:
         """The families that lose least where all layers are alike, the best one first."""
@@ -179,9 +210,9 @@ class _Search:
         order = sorted(names, key=lambda f: (-firsts[f], sums[f]))
         return order[:FAMILIES_KEPT]
 
-    def _alone(self, family: str, budgets: Sequence[int]) -> list[dict[int, float]]:
+    def _alone(self, family: str) -> list[dict[int, float]]:
         """What each group of layers loses under each budget, all others whole."""
-        groups = self.space.groups
+        groups, budgets = self.space.groups, self.space.few_budgets
         found: list[dict[int, float]] = []
         total = len(groups) * len(budgets) * self.first
         for group in range(len(groups)):
@@ -243,13 +274,6 @@ class _Search:
             if len(set(each.value)) > 1
         ]
 
-    def _storages(self) -> dict[Storage, float]:
-        """What each storage loses by itself."""
-        return {
-            storage: 0.0 if storage == Dense() else self._loss(KeepAll(), storage)
-            for storage in self.space.storages
-        }
-
     # Candidates -----------------------------------------------------------------------------------
 
     def _priced(
@@ -263,7 +287,10 @@ class _Search:
         return found
 
     def _spread(
-        self, rising: Sequence[Option[tuple[Policy, ...]]], base: float
+        self,
+        rising: Sequence[Option[tuple[Policy, ...]]],
+        base: float,
+        all_along: bool = True,
     ) -> list[Option[tuple[Policy, ...]]]:
         """Of a frontier, what lies near the demand, and some all along it."""
         fixed = self._fixed()
@@ -275,10 +302,11 @@ class _Search:
                 chosen[fitting[-1].bytes] = fitting[-1]
 
         size = rising[-1].bytes + fixed
-        while size > rising[0].bytes + fixed:
+        while all_along and size > rising[0].bytes + fixed:
             last(lambda each, size=size: each.bytes + fixed <= size)
             size = int(size / math.sqrt(2))
-        chosen[rising[0].bytes] = rising[0]
+        if all_along:
+            chosen[rising[0].bytes] = rising[0]
         if self.demand.bytes is not None:
             for part in (1.0, 0.95, 0.9, 0.8):
                 bound = int(part * self.demand.bytes)
@@ -334,42 +362,85 @@ class _Search:
 
     # Rounds ---------------------------------------------------------------------------------------
 
-    def _rounds(
-        self,
-        candidates: dict[Choice, float],
-        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]],
-        base: dict[Storage, float],
-        families: list[str],
-        alone: dict[str, list[dict[int, float]]],
-    ) -> Found:
-        expected = dict(candidates)
-        running = self._worth_a_run(candidates)
-        found: dict[Choice, Point] = {}
+    def _rounds(self, running: list[Choice]) -> list[Choice]:
+        """Measures candidates on more and more passages; those that were measured on all."""
         count = self.first
+        self._measure(running, count, f"{len(running)} candidates")
+        refined = False
+        while count < self.passages or len(running) > FINALISTS or not refined:
+            if not refined and (count > self.first or count == self.passages):
+                running = self._refined(running, count)
+                refined = True
+            running = self._nearest([self.found[choice] for choice in running])
+            count = min(2 * count, self.passages)
+            self._measure(running, count, f"{len(running)} candidates, {count} passages")
+        return running
 
-        def measure(choices: Sequence[Choice], count: int, before: int) -> None:
-            each, stage = count - before, f"{len(choices)} candidates, {count} passages"
-            for done, choice in enumerate(choices):
-                if each:
-                    self.tell(stage, done * each, len(choices) * each)
-                losses = tuple(self.oracle.losses(choice, count))
-                found[choice] = Point(choice, sum(self.oracle.bytes(choice)), losses)
-            if each:
-                self.tell(stage, len(choices) * each, len(choices) * each)
+    def _measure(self, choices: Sequence[Choice], count: int, stage: str) -> None:
+        total = len(choices) * count
+        for done, choice in enumerate(choices):
+            self.tell(stage, done * count, total)
+            losses = tuple(self.oracle.losses(choice, count))
+            self.found[choice] = Point(choice, sum(self.oracle.bytes(choice)), losses)
+        self.tell(stage, total, total)
 
-        measure(running, count, 0)
-        more = self._corrected(found, expected, frontiers, base)
-        more = [choice for choice in more if choice not in found]
-        measure(more, count, 0)
-        running += more
-        while True:
-            if count == self.passages and len(running) <= FINALISTS:
+    def _refined(self, running: list[Choice], count: int) -> list[Choice]:
+        """Candidates, and what comes of changing the best one's budgets a little, a few times."""
+        known = dict.fromkeys(running)
+        for step in range(REFINED):
+            best = self._best([self.found[choice] for choice in known])
+            stage = f"around the best, {step + 1} of {REFINED}"
+            changes = self._changes(best.choice)
+            self._measure([each for row in changes for each, _ in row], count, stage)
+            cells = self._cells(best.choice)
+            parts = []
+            for group, row in enumerate(changes):
+                options = [(cells[group], 0.0)]
+                for choice, policy in row:
+                    known.setdefault(choice)
+                    options.append((policy, self.found[choice].loss - best.loss))
+                parts.append(self._priced(group, options, best.choice.storage))
+            more = [
+                Choice(self.space.policy(each.value), best.choice.storage)
+                for each in self._spread(frontier(parts), best.loss, all_along=False)
+            ]
+            more = [choice for choice in more if choice not in known]
+            if not more:
                 break
-            running = self._nearest([found[choice] for choice in running])
-            before, count = count, min(2 * count, self.passages)
-            measure(running, count, before)
-        points = list(found.values())
-        return Found(points, [found[choice] for choice in running], families, alone)
+            self._measure(more, count, stage)
+            known.update(dict.fromkeys(more))
+        return list(known)
+
+    def _cells(self, choice: Choice) -> list[Policy]:
+        """The policy of each group."""
+        policy = choice.policy
+        if isinstance(policy, PerLayer):
+            return [policy.policies[group[0]] for group in self.space.groups]
+        return [policy] * len(self.space.groups)
+
+    def _changes(self, choice: Choice) -> list[list[tuple[Choice, Policy]]]:
+        """For each group the same with a little more for it, and a little less."""
+        cells = self._cells(choice)
+        found = []
+        for group, cell in enumerate(cells):
+            row = []
+            for policy in self.space.beside(cell):
+                changed = [*cells[:group], policy, *cells[group + 1 :]]
+                row.append((Choice(self.space.policy(changed), choice.storage), policy))
+            found.append(row)
+        return found
+
+    def _best(self, points: Sequence[Point]) -> Point:
+        """The smallest that should meet the demand, or the one that comes nearest to it."""
+        if self.demand.bytes is not None:
+            most = self.demand.bytes
+            return min(points, key=lambda p: (max(p.bytes - most, 0), p.loss, p.bytes))
+        most = self.demand.nats or 0.0
+        return min(points, key=lambda p: (max(self._high(p) - most, 0), p.bytes, p.loss))
+
+    def _high(self, point: Point) -> float:
+        """About the upper end that its interval will have on all passages."""
+        return point.loss + 2 * point.deviation / math.sqrt(self.passages)
 
     def _worth_a_run(self, candidates: dict[Choice, float]) -> list[Choice]:
         """All but those that another should beat by far, in bytes and in loss."""
@@ -387,38 +458,6 @@ class _Search:
             if choice == Choice(KeepAll(), choice.storage) or not beaten(choice)
         ]
 
-    def _corrected(
-        self,
-        found: dict[Choice, Point],
-        expected: dict[Choice, float],
-        frontiers: dict[Storage, list[Option[tuple[Policy, ...]]]],
-        base: dict[Storage, float],
-    ) -> list[Choice]:
-        """Further budgets that should just meet the demand, by how far off the first ones were."""
-        if self.demand.nats is None:
-            return []
-        more: dict[Choice, None] = {}
-        for storage, rising in frontiers.items():
-            pairs = [
-                (expected[choice] - base[storage], point.loss - base[storage])
-                for choice, point in found.items()
-                if choice.storage == storage
-                and isinstance(choice.policy, PerLayer)
-                and 0.25 * self.demand.nats <= point.loss <= 2 * self.demand.nats
-                and expected[choice] > base[storage]
-            ]
-            foreseen = math.fsum(pair[0] for pair in pairs)
-            measured = math.fsum(pair[1] for pair in pairs)
-            if foreseen <= 0 or measured <= 0:
-                continue
-            off = measured / foreseen
-            for part in _NEAR:
-                bound = (part * self.demand.nats - base[storage]) / off
-                fitting = [each for each in rising if each.loss <= bound]
-                if fitting:
-                    more[Choice(self.space.policy(fitting[0].value), storage)] = None
-        return list(more)
-
     def _nearest(self, points: Sequence[Point]) -> list[Choice]:
         """Those nearest to the front and to the demand: half of them, `FINALISTS` at least."""
         keep = max(FINALISTS, math.ceil(len(points) / 2))
@@ -434,9 +473,7 @@ class _Search:
             if self.demand.bytes is not None:
                 away = abs(math.log2(point.bytes / self.demand.bytes))
                 return behind + (away if point.bytes <= self.demand.bytes else 4 * away)
-            # What counts is the upper end that its interval will have, on all passages.
-            high = point.loss + 2 * point.deviation / math.sqrt(self.passages)
-            away = math.log2(max(high, scale / 16) / scale)
+            away = math.log2(max(self._high(point), scale / 16) / scale)
             return behind + (2 * away if away > 0 else -away)
 
         order = sorted(points, key=lambda point: (rank(point), point.bytes))

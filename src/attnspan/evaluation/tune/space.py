@@ -143,8 +143,8 @@ class Space:
 
     @property
     def few_budgets(self) -> tuple[int, ...]:
-        """Every other one of `budgets`, for what is asked of many."""
-        return self.budgets[1::2] or self.budgets
+        """Every other one of many `budgets`, for what is asked of each part of a model."""
+        return self.budgets if len(self.budgets) < 6 else self.budgets[1::2]
 
     def member(self, family: str, budget: int) -> Policy | None:
         """The family's policy of so many tokens; None where that is too few for it."""
@@ -152,6 +152,19 @@ class Space:
             return FAMILIES[family](budget)
         except ValueError:
             return None
+
+    def beside(self, policy: Policy) -> list[Policy]:
+        """The same family's policies of the next smaller budget and of the next larger one."""
+        family = next((f for f in self.families if type(FAMILIES[f](self.top)) is type(policy)), "")
+        if policy == self.whole:
+            family = family or self.families[0]
+        size = self.top if policy.capacity is None else policy.capacity
+        less = [budget for budget in self.budgets if budget < size][:1]
+        more = [budget for budget in self.budgets if budget > size][-1:]
+        found = [self.member(family, budget) for budget in less + more] if family else []
+        if not more and policy != self.whole:
+            found.append(self.whole)
+        return [each for each in found if each is not None]
 
     def policy(self, chosen: Sequence[Policy]) -> Policy | PerLayer:
         """One policy for each group, as the model takes them."""
