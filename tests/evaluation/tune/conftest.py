@@ -12,7 +12,7 @@ from attnspan.models import bundled
 
 @pytest.fixture(scope="session")
 def tiny_tuned():
-    """Heads of 32, which every storage can hold; its weights make layers differ in what they need."""
+    """Its heads of 32 are what every storage can hold."""
     model = tiny_llama(
         vocab_size=264, head_dim=32, max_position_embeddings=128, num_hidden_layers=2
     )

@@ -42,7 +42,7 @@ def python(policy: str, storage: str, model: str, dtype: str, device: str | None
             f"    cache = span.Cache(model, policy, span.{_STORAGES[storage]}())",
             '    inputs = tokenizer("def ", return_tensors="pt").to(model.device)',
             "    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=32)",
-            "print(tokenizer.decode(out[0]))",
+            "print(tokenizer.decode(out[0], skip_special_tokens=True))",
         ]
     )
 
