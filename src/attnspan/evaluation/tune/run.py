@@ -311,13 +311,14 @@ def _check_memory(space: Space, ledger: Ledger, memory: int | None) -> None:
 def _work(space: Space, choosing: int, testing: int, length: int) -> str:
     """About how much there is to do: candidates depend on what is measured."""
     first = min(searching.FIRST, choosing)
-    budgets, families = len(space.budgets), min(searching.FAMILIES_KEPT, len(space.families))
-    proxies = len(space.families) * max(1, budgets // 2)
-    proxies += families * len(space.groups) * budgets + len(space.storages)
-    split = [group for group in range(len(space.groups)) if len(space.heads(group)) > 1]
-    proxies += sum(len(space.heads(group)) for group in split[: searching.SPLIT]) * budgets
-    rounds = 40 * first + searching.FINALISTS * 3 * choosing
-    total = proxies * first + rounds + TESTED * testing + choosing
+    groups, budgets = len(space.groups), len(space.few_budgets)
+    split = [group for group in range(groups) if len(space.heads(group)) > 1][: searching.SPLIT]
+    families = len(space.families) + min(searching.FAMILIES_KEPT, len(space.families)) * groups
+    heads = sum(len(space.heads(group)) for group in split) / 2
+    proxies = (families + heads + len(searching.PYRAMIDS)) * budgets + len(space.storages)
+    changes = searching.REFINED * (2 * groups + searching.FINALISTS)
+    rounds = (40 + 2 * (20 + changes)) * first + 2 * searching.FINALISTS * choosing
+    total = round(proxies * first + rounds + choosing + TESTED * testing)
     return (
         f"about {total:,} passages of {length:,} tokens go through the model, "
         f"{total * length / 1e6:,.1f} million tokens"
