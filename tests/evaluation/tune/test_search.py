@@ -11,7 +11,7 @@ from attnspan.evaluation.tune import search as searching
 from attnspan.evaluation.tune import space as spaces
 from attnspan.evaluation.tune.search import Demand, search
 from attnspan.evaluation.tune.space import FAMILIES, Choice, Space
-from attnspan.policies import KeepAll, PerLayer, SinkWindow, Window
+from attnspan.policies import KeepAll, PerHead, PerLayer, SinkWindow, Window
 
 LENGTH = 1024
 TOKEN = {Dense(): 256, Int8(): 132, Int4(): 72}
@@ -129,6 +129,38 @@ def test_losses_that_don_t_add_up_are_met_by_changing_budgets(monkeypatch):
     # It is the changes that do it, not luck.
     monkeypatch.setattr(searching, "REFINED", 0)
     assert taken(search(oracle, where, 16, Demand(nats=nats)), nats) > 1.3 * least
+
+
+class PlantedHeads(Planted):
+    """The first KV head of the second layer needs all, every other one nothing."""
+
+    def share(self, policy):
+        if isinstance(policy, PerHead):
+            return super().share(policy.policies[0])
+        return super().share(policy)
+
+    def bytes(self, choice):
+        def held(policy):
+            if isinstance(policy, PerHead):
+                return sum(each.capacity for each in policy.policies) // 2
+            return 5 * LENGTH // 4 if policy.capacity is None else policy.capacity
+
+        return tuple(TOKEN[choice.storage] * held(p) for p in self.cells(choice.policy))
+
+
+@pytest.mark.usefixtures("few")
+def test_heads_have_budgets_of_their_own():
+    oracle = PlantedHeads(needs=(0.0, 0.5))
+    by_layer = Space((None,) * 2, (1,) * 2, LENGTH, ("sinks",), tuple(TOKEN))
+    by_head = Space((None,) * 2, (2,) * 2, LENGTH, ("sinks",), tuple(TOKEN))
+    nats = 0.01
+    together = taken(search(oracle, by_layer, 16, Demand(nats=nats)), nats)
+    assert together == TOKEN[Int4()] * (LENGTH + LENGTH // 8)
+    found = search(oracle, by_head, 16, Demand(nats=nats))
+    apart = min((p for p in found.finalists if p.loss <= nats), key=lambda p: p.bytes)
+    layer = apart.choice.policy.policies[1]
+    assert layer == PerHead((SinkWindow(4, LENGTH - 4), SinkWindow(4, LENGTH // 4 - 4)))
+    assert apart.bytes < together
 
 
 def test_only_what_was_measured_is_told_and_on_as_many_passages():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -328,7 +327,7 @@ def _work(space: Space, choosing: int, testing: int, length: int) -> str:
 class _Measured:
     """The search's last candidates, judged on the part that they were chosen on and on the other.
 
-    Tasks take the model by themselves, so here it is attached only while text goes through it.
+    Tasks attach the model by themselves, so here it is attached only while text goes through it.
     """
 
     def __init__(
@@ -342,13 +341,8 @@ class _Measured:
         self._model = model
         self.held_out: dict[Choice, tuple[Paired, ...]] = {}
 
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        with attach(self._model):
-            yield
-
     def _of(self, quality: Quality, choice: Choice) -> tuple[Paired, ...]:
-        with self._attached():  # the text first: it is then known when tasks are asked
+        with attach(self._model):
             quality.text(choice)
         return quality.of(choice)
 
