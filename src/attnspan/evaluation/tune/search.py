@@ -101,6 +101,10 @@ class Point:
         mean, count = self.loss, len(self.losses)
         return math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / max(1, count - 1))
 
+    def high(self, count: int | None = None) -> float:
+        """About the upper end of the loss's interval; as it would be on `count` passages alike."""
+        return self.loss + 2 * self.deviation / math.sqrt(count or len(self.losses))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -371,7 +375,8 @@ class _Search:
             if not refined and (count > self.first or count == self.passages):
                 running = self._refined(running, count)
                 refined = True
-            running = self._nearest([self.found[choice] for choice in running])
+            most = 2 * FINALISTS if refined else len(running)
+            running = self._nearest([self.found[choice] for choice in running], most)
             count = min(2 * count, self.passages)
             self._measure(running, count, f"{len(running)} candidates, {count} passages")
         return running
@@ -436,11 +441,7 @@ class _Search:
             most = self.demand.bytes
             return min(points, key=lambda p: (max(p.bytes - most, 0), p.loss, p.bytes))
         most = self.demand.nats or 0.0
-        return min(points, key=lambda p: (max(self._high(p) - most, 0), p.bytes, p.loss))
-
-    def _high(self, point: Point) -> float:
-        """About the upper end that its interval will have on all passages."""
-        return point.loss + 2 * point.deviation / math.sqrt(self.passages)
+        return min(points, key=lambda p: (max(p.high() - most, 0), p.bytes, p.loss))
 
     def _worth_a_run(self, candidates: dict[Choice, float]) -> list[Choice]:
         """All but those that another should beat by far, in bytes and in loss."""
@@ -458,26 +459,40 @@ class _Search:
             if choice == Choice(KeepAll(), choice.storage) or not beaten(choice)
         ]
 
-    def _nearest(self, points: Sequence[Point]) -> list[Choice]:
-        """Those nearest to the front and to the demand: half of them, `FINALISTS` at least."""
-        keep = max(FINALISTS, math.ceil(len(points) / 2))
-        scale = self.demand.nats
-        if scale is None:
-            assert self.demand.bytes is not None
+    def _nearest(self, points: Sequence[Point], most: int) -> list[Choice]:
+        """Those nearest to the front and the demand: half of them, from `FINALISTS` to `most`.
+
+        Few passages may flatter many of them alike. So half goes by what is sure on the passages
+        so far, half by what could be sure on all; and one that is well within the demand stays.
+        """
+        keep = max(FINALISTS, min(math.ceil(len(points) / 2), most))
+        chosen: dict[Choice, None] = {}
+        if self.demand.nats is not None:
+            safe = [p for p in points if p.high() <= self.demand.nats / 2]
+            for point in sorted(safe, key=lambda p: (p.bytes, p.loss))[:1]:
+                chosen[point.choice] = None
+        orders = [
+            sorted(points, key=lambda point: (self._rank(point, points, count), point.bytes))
+            for count in (len(points[0].losses), self.passages)
+        ]
+        for pair in zip(*orders, strict=True):
+            for point in pair:
+                if len(chosen) < keep:
+                    chosen.setdefault(point.choice)
+        return list(chosen)
+
+    def _rank(self, point: Point, points: Sequence[Point], count: int) -> float:
+        """How far from the front and the demand, were the losses those of `count` passages."""
+        best = min(each.loss for each in points if each.bytes <= point.bytes)
+        if self.demand.bytes is not None:
             fitting = [p.loss for p in points if p.bytes <= self.demand.bytes]
-            scale = max(min(fitting, default=1.0), 1e-3)
-
-        def rank(point: Point) -> float:
-            best = min(each.loss for each in points if each.bytes <= point.bytes)
-            behind = (point.loss - best) / scale
-            if self.demand.bytes is not None:
-                away = abs(math.log2(point.bytes / self.demand.bytes))
-                return behind + (away if point.bytes <= self.demand.bytes else 4 * away)
-            away = math.log2(max(self._high(point), scale / 16) / scale)
-            return behind + (2 * away if away > 0 else -away)
-
-        order = sorted(points, key=lambda point: (rank(point), point.bytes))
-        return [point.choice for point in order[:keep]]
+            behind = (point.loss - best) / max(min(fitting, default=1.0), 1e-3)
+            away = abs(math.log2(point.bytes / self.demand.bytes))
+            return behind + (away if point.bytes <= self.demand.bytes else 4 * away)
+        scale = self.demand.nats
+        assert scale is not None
+        away = math.log2(max(point.high(count), scale / 16) / scale)
+        return (point.loss - best) / scale + (2 * away if away > 0 else -away)
 
 
 def _rising(row: dict[int, float]) -> dict[int, float]:
