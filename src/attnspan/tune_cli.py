@@ -44,8 +44,7 @@ from attnspan import options
 @click.option(
     "--families",
     metavar="NAMES",
-    help="Policies to try, of sinks, window, heavy, compressive, tova, snap and norm; by default "
-    "all.",
+    help="Policies to try, of sinks, window, heavy, compressive and snap; by default all.",
 )
 @click.option("--storage", default="dense,int8,int4", help="Storages to try, with commas between.")
 @click.option(

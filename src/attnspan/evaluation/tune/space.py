@@ -12,13 +12,11 @@ from attnspan.policies import (
     Compressive,
     HeavyHitter,
     KeepAll,
-    LowNorm,
     PerHead,
     PerLayer,
     Policy,
     SinkWindow,
     SnapKV,
-    Tova,
     Window,
 )
 
@@ -61,25 +59,12 @@ def _snap(budget: int) -> Policy:
     return SnapKV(both - window, window, observed=min(16, block), block=block)
 
 
-def _low_norm(budget: int) -> Policy:
-    block = _block(budget)
-    both = budget - SINKS - block + 1
-    return LowNorm(SINKS, both // 2, both - both // 2, block)
-
-
-def _tova(budget: int) -> Policy:
-    block = _block(budget)
-    return Tova(budget - block + 1, block)
-
-
 FAMILIES: Mapping[str, Callable[[int], Policy]] = {
     "sinks": lambda budget: SinkWindow(SINKS, budget - SINKS),
     "window": Window,
     "heavy": _heavy,
     "compressive": _compressive,
-    "tova": _tova,
     "snap": _snap,
-    "norm": _low_norm,
 }
 """A family is a line: the policy that holds up to `budget` tokens, an unfinished block included. It
 raises ValueError where that is too few for it."""
