@@ -159,7 +159,7 @@ def test_heads_have_budgets_of_their_own():
     found = search(oracle, by_head, 16, Demand(nats=nats))
     apart = min((p for p in found.finalists if p.loss <= nats), key=lambda p: p.bytes)
     layer = apart.choice.policy.policies[1]
-    assert layer == PerHead((SinkWindow(4, LENGTH - 4), SinkWindow(4, LENGTH // 4 - 4)))
+    assert layer == PerHead((SinkWindow(4, LENGTH - 4), SinkWindow(4, LENGTH // 8 - 4)))
     assert apart.bytes < together
 
 
@@ -209,6 +209,21 @@ def test_layers_with_windows_of_their_own():
     assert max(sliding.budgets) < 128
     full = Space((None,) * 2, (2,) * 2, LENGTH)
     assert full.whole == SinkWindow(4, LENGTH - 4)
+
+
+def test_heads_that_retrieve():
+    small = SinkWindow(4, 60)
+    known = ((False, False), (True, False), (True, True))
+    where = Space((None,) * 3, (2,) * 3, LENGTH, retrieving=known)
+    mixed = PerHead((where.whole, small))
+    assert where.retrieval(small) == PerLayer((small, mixed, where.whole))
+    for alike in ((), ((False, False),) * 3, ((True, True),) * 3):
+        assert Space((None,) * 3, (2,) * 3, LENGTH, retrieving=alike).retrieval(small) is None
+    assert where.beside(mixed) == [
+        PerHead((SinkWindow(4, 764), small)),
+        PerHead((where.whole, SinkWindow(4, 28))),
+        PerHead((where.whole, SinkWindow(4, 124))),
+    ]
 
 
 def test_what_lies_beside_a_policy():

@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
+
 from attnspan.cache import Dense, Storage
+from attnspan.evaluation import heads as heads_of
 from attnspan.evaluation import report as reports
 from attnspan.evaluation.case import LEAST_LENGTH
 from attnspan.evaluation.choice import Candidate, front, in_order
@@ -111,13 +114,13 @@ def tune(
     if tokens < LEAST_LENGTH:
         raise ValueError(f"length is {tokens}; at least {LEAST_LENGTH} is allowed")
     spec = from_config(model.config.to_dict())
-    parts = _parts(file, tokenizer, name, first_token(model, tokenizer), tokens, passages)
+    bos = first_token(model, tokenizer)
+    parts = _parts(file, tokenizer, name, bos, tokens, passages)
     anatomy = anatomy_of(model)
     windows = tuple(layer.sliding_window for layer in anatomy.layers)
     heads = tuple(layer.spec.num_kv_heads for layer in anatomy.layers)
     fitting, left_out = _fitting(storages, [layer.spec.head_dim for layer in anatomy.layers])
     order = tuple(each for each in FAMILIES if each in families)
-    space = Space(windows, heads, tokens, order, fitting)
     kept = State(
         None if state is None else Path(state),
         {
@@ -147,6 +150,8 @@ def tune(
         for seed, (part, ids) in enumerate(zip(("choosing", "held-out"), parts, strict=True))
     ]
     choosing, testing = qualities
+    retrieving = _retrieving(model, choosing.ledger, set(heads), bos)
+    space = Space(windows, heads, tokens, order, fitting, retrieving)
     _check_memory(space, choosing.ledger, memory)
     if announce is not None:
         announce(_work(space, len(parts[0]), len(parts[1]), tokens))
@@ -266,6 +271,26 @@ def _spread(count: int) -> list[int]:
     return sorted(range(count), key=lambda i: int(f"{i:0{digits}b}"[::-1], 2))
 
 
+def _retrieving(
+    model: PreTrainedModel, ledger: Ledger, kv_heads: set[int], bos: int | None
+) -> tuple[tuple[bool, ...], ...]:
+    """Of each layer, which KV heads retrieve on some passages; empty where layers have unlike ones.
+
+    The model is not attached.
+    """
+    if len(kv_heads) > 1:
+        return ()
+    found = ledger.state.get(ledger.part, "retrieving")
+    if found is None:
+        ids = [
+            torch.tensor(passage, device=model.device)
+            for passage in ledger.passages[: searching.FIRST]
+        ]
+        found = heads_of.measure(model, ids, bos=bos).retrieving(*kv_heads).tolist()
+        ledger.state.put(ledger.part, "retrieving", found)
+    return tuple(map(tuple, found))
+
+
 def _fitting(
     storages: Collection[Storage], head_dims: Sequence[int]
 ) -> tuple[tuple[Storage, ...], list[dict[str, Any]]]:
@@ -314,7 +339,8 @@ def _work(space: Space, choosing: int, testing: int, length: int) -> str:
     split = [group for group in range(groups) if len(space.heads(group)) > 1][: searching.SPLIT]
     families = len(space.families) + min(searching.FAMILIES_KEPT, len(space.families)) * groups
     heads = sum(len(space.heads(group)) for group in split) / 2
-    proxies = (families + heads + len(searching.PYRAMIDS)) * budgets + len(space.storages)
+    proxies = (families + heads + len(searching.PYRAMIDS)) * budgets
+    proxies += len(space.budgets) + len(space.storages)
     changes = searching.REFINED * (2 * groups + searching.FINALISTS)
     rounds = (40 + 2 * (20 + changes)) * first + 2 * searching.FINALISTS * choosing
     total = round(proxies * first + rounds + choosing + TESTED * testing)

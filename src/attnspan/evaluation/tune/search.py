@@ -5,7 +5,8 @@
 2. Each layer alone under these budgets, all others whole; then the heads of the layers that lose
    most, each alone. So it is known what a budget costs where.
 3. Budgets by layer that should lose least at many numbers of bytes, if these losses added up
-   (`knapsack.frontier`). They are candidates, as are equal budgets and pyramids, in each storage.
+   (`knapsack.frontier`). They are candidates, as are equal budgets, pyramids, and all for the heads
+   that retrieve with little for others, in each storage.
 4. Candidates are measured as a whole, on few passages; those near the Pareto front of bytes and
    loss go on to twice as many (successive halving, https://arxiv.org/abs/1502.07943).
 5. Losses don't quite add up: what one layer loses depends on what others have. So from the best
@@ -149,7 +150,7 @@ class _Search:
         families = self._families()
         alone = {family: self._alone(family) for family in families}
         options = [self._options(group, alone) for group in range(len(self.space.groups))]
-        equal = [*self._even(families), *self._pyramids(families[0])]
+        equal = [*self._even(families), *self._made(families[0])]
         candidates: dict[Choice, float] = {}  # and what each is expected to lose
         for storage in self.space.storages:
             rising = frontier([self._priced(i, some, storage) for i, some in enumerate(options)])
@@ -339,8 +340,13 @@ class _Search:
         ]
         return [(KeepAll(), 0.0), (self.space.whole, 0.0), *found]
 
-    def _pyramids(self, family: str) -> list[tuple[Policy | PerLayer, float]]:
-        """Budgets that fall, or rise, with depth, and what they lose."""
+    def _made(self, family: str) -> list[tuple[Policy | PerLayer, float]]:
+        """Budgets as others make them, and what they lose.
+
+        Heads that retrieve have all and the others little, as in DuoAttention
+        (https://arxiv.org/abs/2410.10819); budgets fall, or rise, with depth, as in PyramidKV
+        (https://arxiv.org/abs/2406.02069).
+        """
         groups = self.space.groups
 
         def make(tokens: int) -> Policy:
@@ -350,6 +356,11 @@ class _Search:
             return policy
 
         made: list[Policy | PerLayer] = []
+        for budget in self.space.budgets:
+            small = self.space.member(family, budget)
+            heads = None if small is None else self.space.retrieval(small)
+            if heads is not None:
+                made.append(heads)
         for budget in self.space.few_budgets if len(groups) > 1 else ():
             for last in PYRAMIDS:
                 try:
@@ -359,9 +370,9 @@ class _Search:
                 made.append(self.space.policy(layers))
         found = []
         for done, policy in enumerate(made):
-            self.tell("pyramids", done * self.first, len(made) * self.first)
+            self.tell("heads and pyramids", done * self.first, len(made) * self.first)
             found.append((policy, self._loss(policy)))
-        self.tell("pyramids", len(made) * self.first, len(made) * self.first)
+        self.tell("heads and pyramids", len(made) * self.first, len(made) * self.first)
         return found
 
     # Rounds ---------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Space:
         length: tokens of a passage.
         families: names of `FAMILIES`.
         storages: how keys and values may be held.
+        retrieving: of each layer, which KV heads retrieve (`evaluation.heads`); empty: unknown.
     """
 
     windows: tuple[int | None, ...]
@@ -98,6 +99,7 @@ class Space:
     length: int
     families: tuple[str, ...] = tuple(FAMILIES)
     storages: tuple[Storage, ...] = tuple(STORAGES.values())
+    retrieving: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -139,17 +141,26 @@ class Space:
             return None
 
     def beside(self, policy: Policy) -> list[Policy]:
-        """The same family's policies of the next smaller budget and of the next larger one."""
+        """The same family's policies of the next smaller budget and of the next larger one.
+
+        Of heads with policies of their own, those that are alike change together.
+        """
+        if isinstance(policy, PerHead):
+            found = []
+            for each in dict.fromkeys(policy.policies):
+                for other in self.beside(each):
+                    heads = tuple(other if p == each else p for p in policy.policies)
+                    found.append(heads[0] if len(set(heads)) == 1 else PerHead(heads))
+            return found
         family = next((f for f in self.families if type(FAMILIES[f](self.top)) is type(policy)), "")
         if policy == self.whole:
             family = family or self.families[0]
         size = self.top if policy.capacity is None else policy.capacity
         less = [budget for budget in self.budgets if budget < size][:1]
         more = [budget for budget in self.budgets if budget > size][-1:]
-        found = [self.member(family, budget) for budget in less + more] if family else []
-        if not more and policy != self.whole:
-            found.append(self.whole)
-        return [each for each in found if each is not None]
+        sizes = less + more if family else []
+        found = [each for size in sizes if (each := self.member(family, size)) is not None]
+        return found + ([self.whole] if not more and policy != self.whole else [])
 
     def policy(self, chosen: Sequence[Policy]) -> Policy | PerLayer:
         """One policy for each group, as the model takes them."""
@@ -171,6 +182,21 @@ class Space:
         if len(counts) > 1:
             return ((0,),)
         return grouped(range(counts.pop()), HEAD_GROUPS)
+
+    def retrieval(self, small: Policy) -> Policy | PerLayer | None:
+        """`small` but for the KV heads that retrieve, which are whole; None where none is apart."""
+        if len({any(heads) for heads in self.retrieving}) < 2 and not any(
+            len(set(heads)) > 1 for heads in self.retrieving
+        ):
+            return None
+        chosen = []
+        for group, layers in enumerate(self.groups):
+            far = [
+                any(self.retrieving[layer][head] for layer in layers for head in heads)
+                for heads in self.heads(group)
+            ]
+            chosen.append(self.by_head(group, [self.whole if yes else small for yes in far]))
+        return self.policy(chosen)
 
     def by_head(self, group: int, chosen: Sequence[Policy]) -> Policy:
         """A policy of one for each group of the heads."""
