@@ -12,7 +12,8 @@
 5. Losses don't quite add up: what one layer loses depends on what others have. So from the best
    candidate on, each layer is given a little more and a little less, and what that changes goes
    into budgets by layer again, a few times over.
-6. The last ones have been measured on all passages that a choice may see.
+6. The last ones have been measured on all passages that a choice may see, and so are some that lie
+   on the front far from the demand: points of a front must be of the same passages.
 
 Nothing but measured losses leaves here. The order of all measurements depends on the measured
 values alone, so that a search which is interrupted and goes on comes to the same end.
@@ -43,6 +44,9 @@ FINALISTS = 8
 
 _USUAL = 0.02
 """Nats that a storage may lose where a memory is asked for."""
+
+APART = 1.3
+"""Points of the front that are measured on all passages differ by so much in bytes, at least."""
 
 PYRAMIDS = (0.25, 1.75)
 """The last layer's budget in parts of the mean."""
@@ -160,7 +164,8 @@ class _Search:
             for policy, loss in equal:
                 candidates.setdefault(Choice(policy, storage), base[storage] + loss)
         running = self._rounds(self._worth_a_run(candidates))
-        points = [self.found[choice] for choice in running]
+        self._all_along(running)
+        points = [p for p in self.found.values() if len(p.losses) == self.passages]
         return Found(list(self.found.values()), points, families, alone)
 
     # Proxies ------------------------------------------------------------------------------------
@@ -391,6 +396,20 @@ class _Search:
             count = min(2 * count, self.passages)
             self._measure(running, count, f"{len(running)} candidates, {count} passages")
         return running
+
+    def _all_along(self, running: list[Choice]) -> None:
+        """Measures points all along the front on all passages, beside the last candidates."""
+        few = [
+            Point(point.choice, point.bytes, point.losses[: self.first])
+            for point in self.found.values()
+        ]
+        apart = [self.found[choice].bytes for choice in running]
+        more = []
+        for point in front(few):
+            if all(max(size, point.bytes) > APART * min(size, point.bytes) for size in apart):
+                apart.append(point.bytes)
+                more.append(point.choice)
+        self._measure(more, self.passages, "along the front")
 
     def _measure(self, choices: Sequence[Choice], count: int, stage: str) -> None:
         total = len(choices) * count

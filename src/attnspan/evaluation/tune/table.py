@@ -48,7 +48,9 @@ def python(policy: str, storage: str, model: str, dtype: str, device: str | None
 
 
 def on_front(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that no other of as few bytes lost less than, by rising bytes."""
+    """Those that no other of as few bytes lost less than, by rising bytes, on all passages."""
+    most = max(each["passages"] for each in candidates)
+    candidates = [each for each in candidates if each["passages"] == most]
     return [
         each.value
         for each in pareto(Option(c["bytes"], c["perplexity"]["ratio"], c) for c in candidates)
@@ -68,8 +70,10 @@ def show(result: dict[str, Any], file: TextIO) -> None:
         f"{meta['passages'][1]} to test on. The full cache in {meta['model']['dtype']} takes "
         f"{size(full['bytes'])}."
     )
-    console.print("\nBytes against loss on the passages that chose: the Pareto front.")
-    table = Table("cache", "fewer", "perplexity", "nll", "passages", box=box.SIMPLE)
+    console.print(
+        f"\nBytes against loss on the {meta['passages'][0]} passages that chose: the Pareto front."
+    )
+    table = Table("cache", "fewer", "perplexity", "nll", box=box.SIMPLE)
     table.add_column("policy", overflow="fold")
     for each in on_front(result["candidates"]):
         table.add_row(
@@ -77,7 +81,6 @@ def show(result: dict[str, Any], file: TextIO) -> None:
             f"{full['bytes'] / each['bytes']:.1f}x",
             _loss(each["perplexity"]),
             _loss(each["nll"]),
-            str(each["passages"]),
             Text(f"{each['policy']}, {each['storage']}"),
         )
     console.print(table)
