@@ -19,6 +19,7 @@ from attnspan.figure_cli import figure
 from attnspan.plan_cli import article, plan
 from attnspan.ring_cli import ring
 from attnspan.tasks_cli import tasks
+from attnspan.tune_cli import tune
 from attnspan.verify_cli import verify
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ app.add_command(doctor)
 app.add_command(tasks)
 app.add_command(explore)
 app.add_command(figure)
+app.add_command(tune)
 
 # A budget of 512 tokens each: two of them hold up to a block of 64 beside what they choose.
 DEMO = (
@@ -119,6 +121,7 @@ _folder = click.Path(path_type=Path)
 @_chunk
 @click.option("--seed", type=options.Count(0), default=0, help="Of the continuation.")
 @options.device
+@options.dtype
 @click.option(
     "--graphs",
     is_flag=True,
@@ -140,6 +143,7 @@ def stream(
     chunk: int,
     seed: int,
     device: str | None,
+    dtype: str | None,
     graphs: bool,
 ) -> None:
     """Stream a text through a model whose cache is bounded by a policy, and score every token."""
@@ -157,7 +161,7 @@ def stream(
 
             held = parse_storage(storage)
             stretch = None if rope is None else parse_stretch(rope)
-            loaded, tokenizer = load(model, device, stretch=stretch)
+            loaded, tokenizer = load(model, device, options.parse_dtype(dtype), stretch)
         result = stream_text(
             loaded,
             tokenizer,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Count(click.ParamType):
@@ -39,6 +42,20 @@ json_file = click.option(
 )
 """Refuses a file that can't be written before the command begins; `give` writes it."""
 device = click.option("--device", help="`cpu`, `cuda`, ...; by default CUDA where there is one.")
+
+_DTYPES = ("float32", "bfloat16", "float16")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    help="Of the model's weights, and so of what a cache holds dense.",
+)
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def give(figures: dict[str, Any], file: str | None, show: Callable[[], object]) -> None:

@@ -18,9 +18,9 @@ def asked(highs):
     """What measures windows on a second half; those that it was asked for are noted."""
     seen = []
 
-    def measure(policy):
-        seen.append(policy.window)
-        return [Paired(1.0, 1.0, highs[policy.window])]
+    def measure(each):
+        seen.append(each.policy.window)
+        return [Paired(1.0, 1.0, highs[each.policy.window])]
 
     return measure, seen
 
@@ -90,7 +90,7 @@ def test_of_many_that_lose_too_much_none_is_suggested_by_luck():
                 for i, row in enumerate(each)
             ]
         )
-        chosen, _ = in_order(order, lambda policy, rows=each: [_second(policy, rows)])
+        chosen, _ = in_order(order, lambda one, rows=each: [_second(one.policy, rows)])
         wrong += chosen is not None
     assert lucky / rounds > 0.1
     assert wrong / rounds <= 0.025

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attnspan.cache import Dense, Storage
 from attnspan.evaluation import layers, verdicts
 from attnspan.evaluation.case import Case
 from attnspan.evaluation.curve import FAR, Curve, policy_bytes, row, sunk
@@ -34,11 +35,13 @@ class Candidate:
         policy: the policy.
         bytes: that it holds in the long run.
         first: for each text its perplexity over the best, on the first half.
+        storage: in which it holds them.
     """
 
     policy: Policy | PerLayer
     bytes: int
     first: tuple[Paired, ...]
+    storage: Storage = Dense()  # noqa: RUF009  a frozen value
 
     @property
     def high(self) -> float:
@@ -46,8 +49,12 @@ class Candidate:
         return max(pair.high for pair in self.first)
 
 
-def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+def front(candidates: Sequence[Candidate], demand: float = DEMAND) -> list[Candidate]:
     """Those within the demand that no cheaper one is safer than, the dearest and safest first.
+
+    Args:
+        candidates: in any order.
+        demand: the most that `high` may be.
 
     >>> def one(size, high):
     ...     return Candidate(Window(size), size, (Paired(1.0, 1.0, high),))
@@ -56,25 +63,28 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """
     kept: list[Candidate] = []
     for each in sorted(candidates, key=lambda each: (each.bytes, each.high)):
-        if each.high <= (DEMAND if not kept else math.nextafter(kept[-1].high, 0)):
+        if each.high <= (demand if not kept else math.nextafter(kept[-1].high, 0)):
             kept.append(each)
     return kept[::-1]
 
 
 def in_order(
-    candidates: Sequence[Candidate], measure: Callable[[Policy | PerLayer], Sequence[Paired]]
+    candidates: Sequence[Candidate],
+    measure: Callable[[Candidate], Sequence[Paired]],
+    demand: float = DEMAND,
 ) -> tuple[Candidate | None, list[dict[str, Any]]]:
     """The last candidate before which, and at which, none fails; and what each gave, as JSON.
 
     Args:
         candidates: in an order that what `measure` looks at had no part in.
-        measure: a policy's perplexity over the best on each text's second half. Isn't called after
-            the first failure.
+        measure: a candidate's perplexity over the best on each text's second half. Isn't called
+            after the first failure.
+        demand: the largest that each may be, its interval's upper end included.
     """
     kept, failed, told = None, False, []
     for each in candidates:
-        second = None if failed else measure(each.policy)
-        holds = None if second is None else all(pair.high <= DEMAND for pair in second)
+        second = None if failed else measure(each)
+        holds = None if second is None else all(pair.high <= demand for pair in second)
         if holds:
             kept = each
         failed = not holds
@@ -155,7 +165,7 @@ def suggestion(
         )
         for policy in dict.fromkeys(measured)
     ]
-    chosen, told = in_order(front(candidates), curve.second.against_best)
+    chosen, told = in_order(front(candidates), lambda each: curve.second.against_best(each.policy))
     if chosen is None:
         return None, told
     figures = row(case, curve.second, chosen.policy)

@@ -53,10 +53,59 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     means = [math.fsum(gaps[i : i + size]) / size for i in range(0, len(gaps) - size + 1, size)]
     if len(means) < 2:
         return Paired(bounded_exp(mean), 0.0, bounded_exp(math.inf))
+    error = _error(means)
+    return Paired(bounded_exp(mean), bounded_exp(mean - error), bounded_exp(mean + error))
+
+
+def by_passage(gaps: Sequence[float]) -> Paired:
+    """Perplexity over another's, of passages that are independent and as long as each other.
+
+    Args:
+        gaps: of each passage, its mean difference of nll.
+
+    >>> found = by_passage([0.01, 0.03])
+    >>> round(found.low, 4), round(found.ratio, 4), round(found.high, 4)  # 12.706 * 0.01
+    (0.8985, 1.0202, 1.1584)
+    """
+    mean, error = math.fsum(gaps) / len(gaps), _spread(gaps)
+    if error is None:
+        return Paired(bounded_exp(mean), 0.0, bounded_exp(math.inf))
+    return Paired(bounded_exp(mean), bounded_exp(mean - error), bounded_exp(mean + error))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+    """The mean of one list over that of another, pair by pair; the others' is above zero.
+
+    The interval is of the pairs' differences to that ratio (Cochran, Sampling Techniques, 1977,
+    chapter 6).
+
+    >>> ratio([1.0, 2.0], [1.0, 2.0])
+    Paired(ratio=1.0, low=1.0, high=1.0)
+    """
+    whole = math.fsum(theirs)
+    found = math.fsum(ours) / whole
+    error = _spread([a - found * b for a, b in zip(ours, theirs, strict=True)])
+    if error is None:
+        return Paired(found, 0.0, bounded_exp(math.inf))
+    error *= len(theirs) / whole
+    return Paired(found, found - error, found + error)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """Half the interval of 95 % of a mean; None: too few to tell.
+
+    More than `MOST_BLOCKS` are taken together, neighbours with neighbours.
+    """
+    size = -(-len(values) // MOST_BLOCKS)
+    last = len(values) - size + 1
+    means = [math.fsum(values[i : i + size]) / size for i in range(0, last, size)]
+    return _error(means) if len(means) > 1 else None
+
+
+def _error(means: Sequence[float]) -> float:
     middle = math.fsum(means) / len(means)
     variance = math.fsum((m - middle) ** 2 for m in means) / (len(means) - 1)
-    error = STUDENT[len(means) - 2] * math.sqrt(variance / len(means))
-    return Paired(bounded_exp(mean), bounded_exp(mean - error), bounded_exp(mean + error))
+    return STUDENT[len(means) - 2] * math.sqrt(variance / len(means))
 
 
 def bounded_exp(value: float) -> float:

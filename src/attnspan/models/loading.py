@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attnspan.models import bundled
 from attnspan.planner.configs import from_config
@@ -25,7 +25,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 def load(
     name_or_path: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     stretch: Stretch | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode and its tokenizer, from `"bundled"` or a folder of safetensors and JSON.
@@ -37,8 +37,8 @@ def load(
         name_or_path: `"bundled"` (`attnspan.models.bundled`) or a folder as `save_pretrained`
             writes it.
         device: where the model goes; None is CUDA where there is a device, else the CPU.
-        dtype: of the weights; None is the stored dtype on CUDA and float32 on a CPU, where half
-            precision is slow.
+        dtype: of the weights; "auto" is the stored dtype; None is that on CUDA, and float32 on a
+            CPU, where half precision may be slow.
         stretch: how its rotary positions are interpolated, if they are; it isn't trained further.
 
     Raises:
