@@ -5,11 +5,9 @@
 Needs torch, numpy, safetensors and tokenizers, a CUDA device for the real run, and no network.
 """
 
-import argparse
 import json
 import math
 import os
-import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,37 +23,22 @@ from training.batches import Text, sample
 from training.english import read_text, split_english
 from training.evaluation import bits_per_byte, stream_table
 from training.export import export
-from training.model import Block, Llama, RunBlock, Shape, token_nll
+from training.model import Block, Llama, RunBlock, token_nll
+from training.recipe import Common, command, given_by
 from training.sinks import Penalty, attention_to_bos, sink_share
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Common):
     """All numbers of a run. It ends after `steps`, or where that is 0 after `seconds`."""
 
     seconds: float = 500.0
     steps: int = 0
     seed: int = 0
-    width: int = 256
-    layers: int = 10
-    heads: int = 4
-    kv_heads: int = 2
-    ffn: int = 736
-    length: int = 1024
-    batch: int = 64
-    learning_rate: float = 4e-3
-    warmup: int = 400
-    decay: float = 0.3
-    weight_decay: float = 0.1
-    english_share: float = 0.12
     penalty: float = 0.03
     probe_every: int = 500
     stream_rows: int = 16
     stream_bytes: int = 8192
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.width, self.layers, self.heads, self.kv_heads, self.ffn, self.length)
 
 
 @dataclass(frozen=True)
@@ -233,18 +216,9 @@ def evaluate(model: Llama, texts: Texts, recipe: Recipe) -> dict[str, object]:
 
 def main() -> None:
     """Read the arguments, train, export, evaluate."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
-    installed = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
-    parser.add_argument("--python", type=Path, nargs="+", default=installed)
-    parser.add_argument("--english", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--max-files", type=int)
-    for field in fields(Recipe):
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, type=type(field.default), default=field.default)
+    parser = command("train", __doc__, Recipe)
     given = parser.parse_args()
-    recipe = Recipe(**{field.name: getattr(given, field.name) for field in fields(Recipe)})
+    recipe = given_by(given, Recipe)
     device = torch.device(given.device)
 
     given.out.mkdir(parents=True, exist_ok=True)

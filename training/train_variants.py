@@ -6,15 +6,12 @@ A run is `variant:seed`. Attention, forward and backward, is attnspan's, through
 penalty that makes the bundled model's sinks is left out. Needs a CUDA device for the real runs.
 """
 
-import argparse
 import json
 import math
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from training.batches import sample
-from training.model import Shape
+from training.batches import Text, sample
+from training.recipe import Common, command, given_by
 from training.tokenizer import write_tokenizer
 from training.train import Log, Texts, load_texts
 from training.variants import Variant, build, running, variants
@@ -32,30 +29,14 @@ from training.variants_score import bits, score
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All numbers of the runs; those that the bundled model has too are its own."""
+class Recipe(Common):
+    """All numbers of the runs."""
 
     steps: int = 4000
-    width: int = 256
-    layers: int = 10
-    heads: int = 4
-    kv_heads: int = 2
-    ffn: int = 736
-    length: int = 1024
-    batch: int = 64
-    learning_rate: float = 4e-3
-    warmup: int = 400
-    decay: float = 0.3
-    weight_decay: float = 0.1
-    english_share: float = 0.12
     log_every: int = 500
     rows: int = 256
     examples: int = 100
     sequences: int = 8
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.width, self.layers, self.heads, self.kv_heads, self.ffn, self.length)
 
 
 class Masters:
@@ -153,6 +134,10 @@ def train(
     }
 
 
+def held_out(texts: Texts) -> dict[str, Text]:
+    return {"python": texts.python_held_out, "english": texts.english_held_out}
+
+
 def run(
     name: str, variant: Variant, seed: int, texts: Texts, recipe: Recipe, tokenizer: Any, log: Log
 ) -> tuple[dict[str, Any], LlamaForCausalLM]:
@@ -162,7 +147,6 @@ def run(
     options: dict[str, Any] = {
         name: getattr(recipe, name) for name in ("length", "rows", "examples", "sequences")
     }
-    held_out = {"python": texts.python_held_out, "english": texts.english_held_out}
     with torch._dynamo.config.patch(recompile_limit=64), running(model, variant):
         trained = train(
             model, variant, texts, recipe, seed, lambda line: log(f"{name}:{seed} {line}")
@@ -171,7 +155,7 @@ def run(
         for part in compiled_parts(model, variant):
             part._compiled_call_impl = None  # prompts have many lengths
         model.eval()
-        found = score(model, tokenizer, held_out, **options)
+        found = score(model, tokenizer, held_out(texts), **options)
     log(
         f"{name}:{seed} python {found['python']['bits_per_byte']:.4f} "
         f"english {found['english']['bits_per_byte']:.4f} "
@@ -183,20 +167,11 @@ def run(
 
 def main() -> None:
     """Read the arguments, train one run after the other, write each one's figures."""
-    parser = argparse.ArgumentParser(prog="python -m training.train_variants", description=__doc__)
-    installed = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
-    parser.add_argument("--python", type=Path, nargs="+", default=installed)
-    parser.add_argument("--english", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = command("train_variants", __doc__, Recipe)
     parser.add_argument("--runs", required=True, help="such as full:0,window:0,window:1")
     parser.add_argument("--applied", action="store_true", help="also score `full` as the others")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--max-files", type=int)
-    for field in fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=type(field.default), default=field.default)
     given = parser.parse_args()
-    recipe = Recipe(**{field.name: getattr(given, field.name) for field in fields(Recipe)})
+    recipe = given_by(given, Recipe)
     known = variants(recipe.length)
     runs = [part.partition(":")[::2] for part in given.runs.split(",")]
     for name, seed in runs:
@@ -244,12 +219,8 @@ def applied(
             continue
         with running(model, variant):
             found[name] = {
-                "python": bits(model, texts.python_held_out, recipe.rows, recipe.length)
-                .mean()
-                .item(),
-                "english": bits(model, texts.english_held_out, recipe.rows, recipe.length)
-                .mean()
-                .item(),
+                kind: bits(model, text, recipe.rows, recipe.length).mean().item()
+                for kind, text in held_out(texts).items()
             }
     return found
 
