@@ -128,7 +128,7 @@ def test_a_family_without_sdpa_is_no_way_round(monkeypatch: pytest.MonkeyPatch) 
     assert "bytes are planned" in found["refused"][1]
 
 
-def fails(*_: Any) -> None:
+def fails(*_: Any, **__: Any) -> None:
     raise RuntimeError("mat1 and mat2 cannot be multiplied\nat some line")
 
 

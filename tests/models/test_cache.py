@@ -15,6 +15,7 @@ from attnspan.cache import Dense, Int4, Int8
 from attnspan.cache.lane import Lane
 from attnspan.models import Cache, attach
 from attnspan.models.budget import planned_bytes
+from attnspan.models.interface import cache_name
 from attnspan.patterns import SlidingWindow
 from attnspan.policies import KeepAll, SinkWindow, Window, parse
 
@@ -319,6 +320,36 @@ def test_hybrid_models_keep_the_band_they_were_trained_with() -> None:
     sliding = tiny("mistral-sliding")
     with pytest.raises(ValueError, match="sliding window of 12"):
         Cache(sliding, SinkWindow(2, 20))
+
+
+def renamed(module: torch.nn.Module) -> None:
+    """Gives a module a forward that calls its cache `cache`, as from transformers 5.24 on."""
+    forward, old = module.forward, cache_name(module)
+
+    def call(input_ids=None, attention_mask=None, cache=None, **kwargs):
+        if old != "cache":
+            assert kwargs.pop(old, None) is None
+        return forward(input_ids, attention_mask, **{old: cache}, **kwargs)
+
+    module.__dict__["forward"] = call
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_cache_goes_by_either_name(new) -> None:
+    model, ids = tiny_llama(), random_ids(9, batch=1)
+    if new:
+        renamed(model.model)
+        renamed(model)
+    assert cache_name(model) == ("cache" if new else cache_name(tiny_llama()))
+    found = []
+    with attach(model), torch.no_grad():
+        for name in ("past_key_values", "cache"):
+            cache = Cache(model, Window(4))
+            found.append(model(input_ids=ids, use_cache=True, **{name: cache}).logits)
+            assert cache.tokens_seen == 9
+        with pytest.raises(ValueError, match="past_key_values and cache are given; one of them"):
+            model(input_ids=ids, past_key_values=Cache(model, Window(4)), cache=cache)
+    torch.testing.assert_close(*found)
 
 
 def test_an_unattached_model_is_told_so(model) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnspan.cache import Storage
 from attnspan.evaluation.loop import Progress
 from attnspan.models import Cache, attach
-from attnspan.models.interface import Refused
+from attnspan.models.interface import Refused, cache_name
 from attnspan.planner.activations import Peak, prefill_peak
 from attnspan.planner.configs import from_config
 from attnspan.planner.engines import cache_bytes
@@ -321,7 +321,7 @@ class _Run:
     @torch.no_grad()
     def _call(self, cache: Any, ids: Tensor) -> None:
         try:
-            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(ids, use_cache=True, logits_to_keep=1, **{cache_name(self.model): cache})
         except Exception as error:  # what a model's code raises is as various as that code
             if isinstance(cache, Cache):  # a failure of ours
                 raise

@@ -21,7 +21,14 @@ from attnspan.models.anatomy import (
     refuse_unknown,
 )
 from attnspan.models.cache import Cache
-from attnspan.models.interface import Interface, Refused, full_precision, restore_forward
+from attnspan.models.interface import (
+    CACHE_NAMES,
+    Interface,
+    Refused,
+    cache_name,
+    full_precision,
+    restore_forward,
+)
 from attnspan.models.patterned import Patterns, patterned
 from attnspan.policies import KeepAll
 
@@ -111,9 +118,14 @@ class _Attachment:
         def call(*args: Any, **kwargs: Any) -> Any:
             names = list(signature.parameters)
             kwargs |= dict(zip(names, args, strict=False))
-            if not isinstance(kwargs.get("past_key_values"), Cache):
+            given = [name for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)]
+            if not given:
                 return forward(**kwargs)
-            return wrapper(forward, kwargs)
+            cache = kwargs.pop(given[0])
+            for name in CACHE_NAMES:
+                if kwargs.pop(name, None) is not None:
+                    raise ValueError(f"{given[0]} and {name} are given; one of them is allowed")
+            return wrapper(forward, kwargs | {cache_name(module): cache})
 
         self.before[module] = module.__dict__.get("forward")
         module.__dict__["forward"] = call
@@ -142,7 +154,7 @@ class _Attachment:
 
     def _in_chunks(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """A long input goes through in chunks, so that no layer ever sees it whole."""
-        cache: Cache = kwargs["past_key_values"]
+        cache = _cache_of(kwargs)
         name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
         whole = kwargs.get(name)
         before = cache.columns
@@ -221,7 +233,7 @@ class _Attachment:
         return value is not None and value is not False
 
     def _base_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        cache: Cache = kwargs["past_key_values"]
+        cache = _cache_of(kwargs)
         name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
         width = kwargs[name].shape[1]
         if width > cache.chunk:
@@ -253,7 +265,7 @@ class _Attachment:
 
     def _one_forward(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """One forward of the decoder with an attnspan.Cache."""
-        cache: Cache = kwargs["past_key_values"]
+        cache = _cache_of(kwargs)
         if cache.model is not self.model:
             raise ValueError("past_key_values is an attnspan.Cache made for another model")
         cache.agree(kwargs)
@@ -363,6 +375,10 @@ class _Attachment:
             sink_logits=s_aux,
             rotated=self.turned,
         )
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Cache:
+    return next(kwargs[name] for name in CACHE_NAMES if name in kwargs)
 
 
 def _first(output: Any) -> Tensor:

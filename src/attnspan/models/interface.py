@@ -8,6 +8,7 @@ forward, so in one thread. Nothing is left changed once the forward is over.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "attnspan"
+CACHE_NAMES = ("past_key_values", "cache")
+"""What a forward calls its cache: the second from transformers 5.24 on."""
 
 Attend = Callable[..., Tensor]
 """`attend(module, q, k, v, **kwargs)`: one layer's attention, `(batch, num_heads, m, head_dim)`."""
@@ -57,6 +60,12 @@ def _attention(
 def _given_mask(*args: Any, **kwargs: Any) -> Any:
     """A cache knows what each query sees, and needs no mask; with a pattern it is a `Carrier`."""
     return _mask.get()
+
+
+def cache_name(module: nn.Module) -> str:
+    """What the forward of `module` calls its cache."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 def restore_forward(module: nn.Module, forward: Any) -> None:

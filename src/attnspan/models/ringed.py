@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from attnspan.models.anatomy import device_of, refuse_unknown, text_config
-from attnspan.models.interface import Carrier, Interface, Refused, restore_forward
+from attnspan.models.interface import CACHE_NAMES, Carrier, Interface, Refused, restore_forward
 from attnspan.models.patterned import Patterns, cast, per_layer
 from attnspan.models.ring_probe import Found, ending_at, examine, rotary
 from attnspan.patterns import Documents, Pattern
@@ -244,11 +244,11 @@ class _Run:
         )
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-            name = "use_cache" if kwargs.get("past_key_values") is None else "past_key_values"
+        given = [name for name in CACHE_NAMES if kwargs.get(name) is not None]
+        if given or kwargs.get("use_cache"):
             raise ValueError(
-                f"{name} is given; a ring keeps no keys and values from call to call, and whole "
-                "sequences without a cache are allowed"
+                f"{(*given, 'use_cache')[0]} is given; a ring keeps no keys and values from call "
+                "to call, and whole sequences without a cache are allowed"
             )
         keep = kwargs.get("logits_to_keep")
         if isinstance(keep, Tensor) or keep:
