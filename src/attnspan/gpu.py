@@ -8,7 +8,6 @@ kernel's, which reads the ranges of keys that they see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -153,15 +152,21 @@ def forward(
     else:
         # Of two passes a row's results are joined once; of more than two, in float32.
         dtype = q.dtype if len(passes) < 3 else torch.float32
-        alike = q if v.shape[3] == q.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
+        some_q, some_k, some_v = (_folded(x) for x in (q, k, v))
+        alike = some_q
+        if v.shape[3] != q.shape[3]:
+            alike = q.new_empty((*some_q.shape[:3], v.shape[3]))
         out = torch.zeros_like(alike, dtype=dtype)
         if out.stride(3) != 1:
             out = torch.zeros(out.shape, dtype=dtype, device=q.device)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        lse = q.new_full(some_q.shape[:3], -torch.inf, dtype=torch.float32)
         for problem in (problem for problems in passes for problem in problems):
-            for (rows, into, its_lse), keys in _views(problem, (q, out, lse[..., None]), (k, v)):
-                part, part_lse = kernel.forward(rows, *keys, problem.lists, scale, **options)
-                merge_into(into, its_lse[..., 0], part, part_lse)
+            (rows, into, its_lse), keys = _views(
+                problem, (some_q, out, lse[..., None]), (some_k, some_v)
+            )
+            part, part_lse = kernel.forward(rows, *keys, problem.lists, scale, **options)
+            merge_into(into, its_lse[..., 0], part, part_lse)
+        out, lse = out[0].unflatten(0, q.shape[:2]), lse[0].unflatten(0, q.shape[:2])
     out = laid_out(out, q) if v.shape[3] == q.shape[3] else out.to(q.dtype).contiguous()
     return out, lse.contiguous()
 
@@ -280,17 +285,22 @@ def backward(
         given = grad_out, grad_lse, q, k, v, out, lse, passes[0][0].lists, scale
         return kernel.backward(*given, **options)
     # Passes add up in float32 and are rounded once.
-    grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    rows = [_folded(x) for x in (q, out, grad_out, lse[..., None])]
+    keys = [_folded(x) for x in (k, v)]
+    grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (rows[0], *keys)]
+    more = [] if grad_lse is None else [_folded(grad_lse[..., None])]
     for problem in (problem for problems in passes for problem in problems):
-        rows: list[Tensor] = [q, out, grad_out, lse[..., None], grads[0]]
-        rows += [] if grad_lse is None else [grad_lse[..., None]]
-        for some, keys in _views(problem, tuple(rows), (k, v, *grads[1:])):
-            more = None if grad_lse is None else some[5][..., 0].contiguous()
-            given = some[2], more, some[0], keys[0], keys[1], some[1], some[3][..., 0].contiguous()
-            found = kernel.backward(*given, problem.lists, scale, **options)
-            for into, part in zip((some[4], *keys[2:]), found, strict=True):
-                into += part
-    return grads[0], grads[1], grads[2]
+        some, its_keys = _views(problem, (*rows, grads[0], *more), (*keys, *grads[1:]))
+        its_q, its_out, its_grad, its_lse = some[:4]
+        its_grad_lse = some[5][..., 0].contiguous() if more else None
+        given = its_grad, its_grad_lse, its_q, *its_keys[:2], its_out, its_lse[..., 0].contiguous()
+        found = kernel.backward(*given, problem.lists, scale, **options)
+        for into, part in zip((some[4], *its_keys[2:]), found, strict=True):
+            into += part
+    first, second, third = (
+        x[0].unflatten(0, like.shape[:2]) for x, like in zip(grads, (q, k, v), strict=True)
+    )
+    return first, second, third
 
 
 def received(
@@ -303,35 +313,43 @@ def received(
     softcap: float | None,
 ) -> Tensor:
     """The attention that each key receives, `(batch, Hkv, m)` float32; see `kernels.cpu`."""
+    passes = _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device)
     total = q.new_zeros(k.shape[:3], dtype=torch.float32)
-    for problems in _passes(pattern, q.shape[2], k.shape[2], q_offset, q.device):
-        for problem in problems:
-            rows, keys = (q, lse.float()[..., None]), (k, total[..., None])
-            for (some_q, some_lse), (some_k, into) in _views(problem, rows, keys):
-                given = some_q, some_k, some_lse[..., 0].contiguous()
-                into[..., 0] += gpu_received.received(*given, problem.lists, scale, softcap)
+    rows: tuple[Tensor, ...] = (q, lse.float()[..., None])
+    keys: tuple[Tensor, ...] = (k, total[..., None])
+    if not all(problem.whole for problems in passes for problem in problems):
+        # Of `total` this is a view, since it was just made.
+        rows, keys = tuple(map(_folded, rows)), tuple(map(_folded, keys))
+    for problem in (problem for problems in passes for problem in problems):
+        (some_q, some_lse), (some_k, into) = _views(problem, rows, keys)
+        given = some_q, some_k, some_lse[..., 0].contiguous()
+        into[..., 0] += gpu_received.received(*given, problem.lists, scale, softcap)
     return total
+
+
+def _folded(x: Tensor) -> Tensor:
+    """The sequences of a batch as heads of one sequence, so that a class of rows is one problem
+    for them all. A query head's KV head stays the same; a copy where memory asks for it."""
+    return x.flatten(0, 1)[None]
 
 
 def _views(
     problem: _Problem, rows: tuple[Tensor, ...], keys: tuple[Tensor, ...]
-) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """What a problem concerns of `rows` and `keys`, `(batch, heads, sequence, width)` each."""
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What a problem concerns of `rows` and `keys`, `(1, heads, sequence, width)` each."""
     if problem.whole:
-        yield rows, keys
-        return
+        return rows, keys
+    views = []
     sides = (
         (rows, problem.first_query, problem.lists.n),
         (keys, problem.first_key, problem.lists.m),
     )
-    for b in range(rows[0].shape[0]):
-        views = []
-        for tensors, first, size in sides:
-            some = []
-            for x in tensors:
-                sb, sh, sn, sd = x.stride()
-                shape = problem.count, x.shape[1], size, x.shape[3]
-                start = x.storage_offset() + b * sb + first * sn
-                some.append(x.as_strided(shape, (sn, sh, problem.step * sn, sd), start))
-            views.append(tuple(some))
-        yield views[0], views[1]
+    for tensors, first, size in sides:
+        some = []
+        for x in tensors:
+            _, sh, sn, sd = x.stride()
+            shape = problem.count, x.shape[1], size, x.shape[3]
+            start = x.storage_offset() + first * sn
+            some.append(x.as_strided(shape, (sn, sh, problem.step * sn, sd), start))
+        views.append(tuple(some))
+    return views[0], views[1]

@@ -67,7 +67,7 @@ def test_it_compiles_without_a_gpu(tmp_path) -> None:
     assert "ld.global.v4" in text, "rows are read by pieces of less than 16 bytes"
 
 
-def test_passes_of_queries_that_lie_by_channel() -> None:
+def test_passes_of_a_batch_and_of_queries_that_lie_by_channel() -> None:
     interpret("""
 import torch
 from attnspan import gpu
@@ -75,10 +75,18 @@ from attnspan.kernels.reference import reference
 from attnspan.patterns import SlidingWindow, Strided
 from attnspan.testing import make_qkv
 
+gpu.lacks_backward = lambda *_: None  # it would ask for a GPU
 pattern = SlidingWindow(4) | Strided(4, 8)
-q, k, v = make_qkv(40, 40, heads=(2, 1))
-q = q.mT.contiguous().mT
-out, lse = gpu.forward("triton", q, k, v, str(pattern), 0, 0.25, None)
-exact = reference(q, k, v, pattern, scale=0.25)
-torch.testing.assert_close((out, lse), exact, atol=1e-5, rtol=1e-5)
+for lies in (lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: x.mT.contiguous().mT[:1]):
+    q, k, v = (lies(x) for x in make_qkv(40, 40, batch=2, heads=(4, 2)))
+    given = [x.detach().requires_grad_() for x in (q, k, v)]
+    exact = reference(*given, pattern, scale=0.25)
+    out, lse = gpu.forward("triton", q, k, v, str(pattern), 0, 0.25, None)
+    torch.testing.assert_close((out, lse), exact, atol=1e-5, rtol=1e-5)
+    grad = torch.linspace(-1, 2, out.numel()).view(out.shape)
+    total = (exact[0] * grad).sum() + exact[1].square().sum()
+    got = gpu.backward(
+        "triton", grad, 2 * lse, q, k, v, out, lse, str(pattern), 0, 0.25, None
+    )
+    torch.testing.assert_close(got, torch.autograd.grad(total, given), atol=1e-4, rtol=1e-4)
 """)
