@@ -71,17 +71,6 @@ class Masters:
             torch._foreach_copy_(self.rounded, self.exact)
 
 
-def compiled_parts(model: LlamaForCausalLM, variant: Variant) -> list[nn.Module]:
-    """What goes through torch.compile: whole layers, or all of them but attention."""
-    if variant.fused:
-        return list(model.model.layers)
-    return [
-        part
-        for layer in model.model.layers
-        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
-    ]
-
-
 def mean_nll(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(hidden, embedding).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -89,7 +78,6 @@ def mean_nll(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
 
 def train(
     model: LlamaForCausalLM,
-    variant: Variant,
     texts: Texts,
     recipe: Recipe,
     seed: int,
@@ -98,8 +86,8 @@ def train(
     """Train in place, `model` running as its variant says; returns the log's figures and speed."""
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor] = mean_nll
     if model.device.type == "cuda":
-        for part in compiled_parts(model, variant):
-            part.compile(fullgraph=True, dynamic=False)
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
         loss_of = torch.compile(mean_nll, fullgraph=True, dynamic=False)
     masters = Masters(model, recipe)
     embedding = model.get_input_embeddings().weight
@@ -148,12 +136,10 @@ def run(
         name: getattr(recipe, name) for name in ("length", "rows", "examples", "sequences")
     }
     with torch._dynamo.config.patch(recompile_limit=64), running(model, variant):
-        trained = train(
-            model, variant, texts, recipe, seed, lambda line: log(f"{name}:{seed} {line}")
-        )
+        trained = train(model, texts, recipe, seed, lambda line: log(f"{name}:{seed} {line}"))
         torch._dynamo.reset()
-        for part in compiled_parts(model, variant):
-            part._compiled_call_impl = None  # prompts have many lengths
+        for layer in model.model.layers:
+            layer._compiled_call_impl = None  # prompts have many lengths
         model.eval()
         found = score(model, tokenizer, held_out(texts), **options)
     log(

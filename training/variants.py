@@ -27,7 +27,6 @@ class Variant:
     Attributes:
         pattern: of most layers.
         fourth: of every fourth layer; None: as the others.
-        fused: whether attnspan's kernels do the pattern within torch.compile.
         learned_sinks: whether each head has a score more whose value is zero, as in gpt-oss
             (https://arxiv.org/abs/2508.10925); it starts from 0.
     """
@@ -35,7 +34,6 @@ class Variant:
     pattern: Pattern
     fourth: Pattern | None = None
     learned_sinks: bool = False
-    fused: bool = True
 
     def patterns(self, layers: int) -> list[Pattern]:
         return [
@@ -57,7 +55,7 @@ def variants(length: int) -> dict[str, Variant]:
         "learned-sinks": Variant(span.SlidingWindow(window), learned_sinks=True),
         "first-token": Variant(span.SlidingWindow(window - 1) | span.Sinks(1)),
         "hybrid": Variant(span.SlidingWindow(window), fourth=span.Causal()),
-        "strided": Variant(span.Strided(window // 2, 16), fused=False),
+        "strided": Variant(span.Strided(window // 2, 16)),
         "blockwise": Variant(span.Blockwise(window)),
         "longformer": Variant(span.Longformer(window - window // 8, window // 8)),
     }
