@@ -1,5 +1,4 @@
-import { doublings, range, Select, Slider } from "../controls";
-import { grouped, parseTokens } from "../format";
+import { doublings, range, Select, Slider, TokensSlider } from "../controls";
 import { policyText, type Policy } from "../model/policies";
 import type { Spec } from "../model/spec";
 import { oneOf, whole, type Params, type Patch } from "../route";
@@ -29,9 +28,7 @@ export function policyFrom(params: Params, spec: Spec, otherwise: (typeof KINDS)
 }
 
 export function PolicyControls({ policy, spec, set }: { policy: Policy | null; spec: Spec; set: (patch: Patch) => void }) {
-  const tokens = (id: string, label: string, value: number) => (
-    <Slider id={id} label={label} stops={WINDOWS} value={value} show={grouped} read={parseTokens} set={(next) => set({ [id]: next })} />
-  );
+  const tokens = (id: string, label: string, value: number) => <TokensSlider id={id} label={label} stops={WINDOWS} value={value} set={set} />;
   const own = spec.windows.some((each) => each !== null) ? "the model’s own windows" : "all tokens";
   return (
     <>
@@ -60,14 +57,4 @@ export function PolicyControls({ policy, spec, set }: { policy: Policy | null; s
       {policy && <p class="note">SPEC: <code data-testid="policy-spec">{policyText(policy)}</code></p>}
     </>
   );
-}
-
-/** What a function gives, or the sentence with which it refuses. */
-export function refused<T>(make: () => T): { value: T; why: "" } | { value: null; why: string } {
-  try {
-    return { value: make(), why: "" };
-  } catch (error) {
-    if (error instanceof TypeError || error instanceof RangeError) throw error;
-    return { value: null, why: error instanceof Error ? error.message : String(error) };
-  }
 }
