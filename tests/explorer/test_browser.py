@@ -390,6 +390,55 @@ def test_keys_go_everywhere(address: str, watch: Callable[..., Watched]) -> None
     assert page.evaluate("() => document.activeElement !== document.body")
 
 
+def test_a_slider_that_moved_before_does_not_undo_a_navigation(
+    address: str, watch: Callable[..., Watched]
+) -> None:
+    """The address is due to be written, and before the page hears of it another one is there."""
+    page = watch().page
+    for view, slider in (("memory", "context"), ("stream", "stream-at")):
+        for there in ("#/ring?processes=3", f"#/{view}?batch=2"):
+            opened(page, address, view)
+            page.wait_for_selector(f'[data-testid="{slider}"]')
+            before = page.get_by_test_id(slider).get_attribute("data-value")
+            for late in (0, 300):
+                page.evaluate(
+                    """([slider, there, late]) => {
+                        const moved = document.querySelector(`[data-testid="${slider}"]`);
+                        moved.value = Number(moved.value) + 3;
+                        moved.dispatchEvent(new Event("input", { bubbles: true }));
+                        const due = performance.now() + late;
+                        while (performance.now() < due);
+                        location.hash = there;
+                    }""",
+                    [slider, there, late],
+                )
+                page.wait_for_timeout(700)
+                assert page.url == address + there, (view, late)
+                if there.startswith(f"#/{view}"):
+                    shown_value = page.get_by_test_id(slider).get_attribute("data-value")
+                    assert shown_value == before, (view, late)
+                page.go_back()
+                page.wait_for_selector(f'nav [data-testid="nav-{view}"][aria-current="page"]')
+                page.wait_for_timeout(100)
+
+
+def test_a_key_does_not_write_over_a_navigation_before_it(
+    address: str, watch: Callable[..., Watched]
+) -> None:
+    page = watch().page
+    opened(page, address, "memory")
+    page.evaluate(
+        """() => {
+            location.hash = "#/ring?processes=3";
+            dispatchEvent(new KeyboardEvent("keydown", { key: "3" }));
+        }"""
+    )
+    page.wait_for_selector('nav [data-testid="nav-reach"][aria-current="page"]')
+    page.go_back()
+    page.wait_for_selector('nav [data-testid="nav-ring"][aria-current="page"]')
+    assert page.url == f"{address}#/ring?processes=3"
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_nothing_scrolls_sideways(view: str, address: str, watch: Callable[..., Watched]) -> None:
     phone = watch(viewport=PHONE, is_mobile=True, has_touch=True, device_scale_factor=2).page
@@ -428,7 +477,6 @@ def test_the_file_works_from_disk_with_the_network_off(
             check(view, seen.page)
             move(seen.page, sliders(seen.page)[0])
             check(view, seen.page)
-            seen.page.wait_for_timeout(300)  # until the address is written, or it undoes the next
     assert {url.split("#")[0] for url in seen.asked} <= {exported.as_uri()} | {
         url for url in seen.asked if url.startswith("data:")
     }

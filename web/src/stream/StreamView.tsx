@@ -177,11 +177,18 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
     [last, set],
   );
   useEffect(() => () => clearTimeout(settle.current), []);
-  useEffect(() => {
-    if (asked === told.current) return;
+  const take = () => {
     told.current = asked;
     clearTimeout(settle.current);
     setAt(asked);
+  };
+  useEffect(() => {
+    if (asked !== told.current) take();
+  }, [asked]);
+  // Another address may ask for the place that was asked for before this one moved.
+  useEffect(() => {
+    addEventListener("hashchange", take);
+    return () => removeEventListener("hashchange", take);
   }, [asked]);
   const move = useCallback(
     (to: number) => {
