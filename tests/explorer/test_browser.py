@@ -439,6 +439,29 @@ def test_a_key_does_not_write_over_a_navigation_before_it(
     assert page.url == f"{address}#/ring?processes=3"
 
 
+def test_controls_fold_away_on_a_phone(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch(viewport=PHONE, is_mobile=True, has_touch=True).page
+    opened(page, address, "plan")
+    panel, fold = page.locator("form.panel"), page.get_by_test_id("fold")
+    box = panel.bounding_box()
+    assert box is not None
+    assert box["height"] < 0.1 * PHONE["height"]
+    assert not page.get_by_test_id("context").is_visible()
+    fold.click()
+    assert fold.get_attribute("aria-expanded") == "true"
+    move(page, "context")
+    check("plan", page)
+    box = panel.bounding_box()
+    assert box is not None
+    assert box["height"] < 0.5 * PHONE["height"]
+    fold.click()
+    assert not page.get_by_test_id("context").is_visible()
+    wide = watch().page
+    opened(wide, address, "plan")
+    assert wide.get_by_test_id("context").is_visible()
+    assert not wide.get_by_test_id("fold").is_visible()
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_nothing_scrolls_sideways(view: str, address: str, watch: Callable[..., Watched]) -> None:
     phone = watch(viewport=PHONE, is_mobile=True, has_touch=True, device_scale_factor=2).page

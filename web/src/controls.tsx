@@ -346,10 +346,14 @@ function Icon({ path }: { path: string }) {
   );
 }
 
-/** A view's controls. */
+/** A view's controls. On a phone they fold away, so that the figures above have the screen. */
 export function Panel({ label, children }: { label: string; children: ComponentChildren }) {
+  const [open, setOpen] = useState(false);
   return (
-    <form class="panel" aria-label={label} onSubmit={(event) => event.preventDefault()}>
+    <form class={open ? "panel open" : "panel"} aria-label={label} onSubmit={(event) => event.preventDefault()}>
+      <button type="button" class="fold" data-testid="fold" aria-expanded={open} onClick={() => setOpen(!open)}>
+        Controls
+      </button>
       {children}
     </form>
   );
