@@ -190,6 +190,8 @@ def spec_of(at: dict[str, Any]) -> str | None:
             return f"sinks:{int(at['sinks'])}+window:{int(at['window'])}"
         case "heavy":
             return f"heavy:{int(at['heavy'])}+window:{int(at['window'])}"
+        case "snap":
+            return f"snap:{int(at['heavy'])}+window:{int(at['window'])}"
     return None
 
 
@@ -328,6 +330,9 @@ def test_numbers_are_the_planners_wherever_sliders_stand(
         ("ring", "?pattern=full&layout=striped&processes=3"),
         ("stack", "?preset=llama-3.1-70b&storage=int4&policy=heavy&window=1024&heavy=512"),
         ("stack", "?preset=gpt-oss-20b&policy=model&storage=dense"),
+        ("stack", "?preset=llama-3.1-8b&policy=snap&window=64&heavy=448"),
+        ("stack", "?preset=mistral-7b&policy=snap"),
+        ("plan", "?preset=gemma-3-27b&policy=snap&storage=int8"),
         ("plan", "?preset=llama-3.1-8b&memory=24&weights=int4&policy=window&window=2048"),
         ("plan", "?preset=llama-3.1-8b&devices=8&link=nvlink&context=1048576"),
         ("plan", "?preset=qwen3-30b-a3b&chunk=2048&batch=4"),
