@@ -190,6 +190,8 @@ def spec_of(at: dict[str, Any]) -> str | None:
             return f"sinks:{int(at['sinks'])}+window:{int(at['window'])}"
         case "heavy":
             return f"heavy:{int(at['heavy'])}+window:{int(at['window'])}"
+        case "snap":
+            return f"snap:{int(at['heavy'])}+window:{int(at['window'])}"
     return None
 
 
@@ -328,6 +330,9 @@ def test_numbers_are_the_planners_wherever_sliders_stand(
         ("ring", "?pattern=full&layout=striped&processes=3"),
         ("stack", "?preset=llama-3.1-70b&storage=int4&policy=heavy&window=1024&heavy=512"),
         ("stack", "?preset=gpt-oss-20b&policy=model&storage=dense"),
+        ("stack", "?preset=llama-3.1-8b&policy=snap&window=64&heavy=448"),
+        ("stack", "?preset=mistral-7b&policy=snap"),
+        ("plan", "?preset=gemma-3-27b&policy=snap&storage=int8"),
         ("plan", "?preset=llama-3.1-8b&memory=24&weights=int4&policy=window&window=2048"),
         ("plan", "?preset=llama-3.1-8b&devices=8&link=nvlink&context=1048576"),
         ("plan", "?preset=qwen3-30b-a3b&chunk=2048&batch=4"),
@@ -390,6 +395,78 @@ def test_keys_go_everywhere(address: str, watch: Callable[..., Watched]) -> None
     assert page.evaluate("() => document.activeElement !== document.body")
 
 
+def test_a_slider_that_moved_before_does_not_undo_a_navigation(
+    address: str, watch: Callable[..., Watched]
+) -> None:
+    """The address is due to be written, and before the page hears of it another one is there."""
+    page = watch().page
+    for view, slider in (("memory", "context"), ("stream", "stream-at")):
+        for there in ("#/ring?processes=3", f"#/{view}?batch=2"):
+            opened(page, address, view)
+            page.wait_for_selector(f'[data-testid="{slider}"]')
+            before = page.get_by_test_id(slider).get_attribute("data-value")
+            for late in (0, 300):
+                page.evaluate(
+                    """([slider, there, late]) => {
+                        const moved = document.querySelector(`[data-testid="${slider}"]`);
+                        moved.value = Number(moved.value) + 3;
+                        moved.dispatchEvent(new Event("input", { bubbles: true }));
+                        const due = performance.now() + late;
+                        while (performance.now() < due);
+                        location.hash = there;
+                    }""",
+                    [slider, there, late],
+                )
+                page.wait_for_timeout(700)
+                assert page.url == address + there, (view, late)
+                if there.startswith(f"#/{view}"):
+                    shown_value = page.get_by_test_id(slider).get_attribute("data-value")
+                    assert shown_value == before, (view, late)
+                page.go_back()
+                page.wait_for_selector(f'nav [data-testid="nav-{view}"][aria-current="page"]')
+                page.wait_for_timeout(100)
+
+
+def test_a_key_does_not_write_over_a_navigation_before_it(
+    address: str, watch: Callable[..., Watched]
+) -> None:
+    page = watch().page
+    opened(page, address, "memory")
+    page.evaluate(
+        """() => {
+            location.hash = "#/ring?processes=3";
+            dispatchEvent(new KeyboardEvent("keydown", { key: "3" }));
+        }"""
+    )
+    page.wait_for_selector('nav [data-testid="nav-reach"][aria-current="page"]')
+    page.go_back()
+    page.wait_for_selector('nav [data-testid="nav-ring"][aria-current="page"]')
+    assert page.url == f"{address}#/ring?processes=3"
+
+
+def test_controls_fold_away_on_a_phone(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch(viewport=PHONE, is_mobile=True, has_touch=True).page
+    opened(page, address, "plan")
+    panel, fold = page.locator("form.panel"), page.get_by_test_id("fold")
+    box = panel.bounding_box()
+    assert box is not None
+    assert box["height"] < 0.1 * PHONE["height"]
+    assert not page.get_by_test_id("context").is_visible()
+    fold.click()
+    assert fold.get_attribute("aria-expanded") == "true"
+    move(page, "context")
+    check("plan", page)
+    box = panel.bounding_box()
+    assert box is not None
+    assert box["height"] < 0.5 * PHONE["height"]
+    fold.click()
+    assert not page.get_by_test_id("context").is_visible()
+    wide = watch().page
+    opened(wide, address, "plan")
+    assert wide.get_by_test_id("context").is_visible()
+    assert not wide.get_by_test_id("fold").is_visible()
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_nothing_scrolls_sideways(view: str, address: str, watch: Callable[..., Watched]) -> None:
     phone = watch(viewport=PHONE, is_mobile=True, has_touch=True, device_scale_factor=2).page
@@ -428,7 +505,6 @@ def test_the_file_works_from_disk_with_the_network_off(
             check(view, seen.page)
             move(seen.page, sliders(seen.page)[0])
             check(view, seen.page)
-            seen.page.wait_for_timeout(300)  # until the address is written, or it undoes the next
     assert {url.split("#")[0] for url in seen.asked} <= {exported.as_uri()} | {
         url for url in seen.asked if url.startswith("data:")
     }

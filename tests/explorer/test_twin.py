@@ -126,7 +126,7 @@ def policy(random: random.Random) -> str | None:
     def some(most: int = 20_000) -> int:
         return int(2 ** random.uniform(0, 14)) if random.random() < 0.7 else random.randint(1, most)
 
-    match random.randrange(7):
+    match random.randrange(8):
         case 0 | 1:
             return None
         case 2:
@@ -138,6 +138,9 @@ def policy(random: random.Random) -> str | None:
             return f"heavy:{some()}+window:{some()}{block}"
         case 5:
             return f"compressive:window={some()},memory={some(999)},rate={random.randint(1, 9)}"
+        case 6:
+            sizes = random.choice(["", ",observed=3,neighbours=0", ",observed=7,block=7"])
+            return f"snap:{some()}+window:{some()}{sizes}"
     return f"window:{some()},block={random.randint(1, 99)}"
 
 
@@ -458,6 +461,10 @@ def test_policies_are_read_and_written_alike() -> None:
     texts = [text for text in (policy(seeded) for _ in range(100)) if text is not None]
     texts += ["keep-all", " window : 4 ", "window:4,block=1", "sinks:0+window:1,block=3"]
     texts += ["window:0", "sinks:4", "window:4,block=2,block=3", "heavy:1", "window:x", "", "h2o"]
+    texts += ["snap : 448 + window : 64, block=128", "snap:4+window:1,neighbours=0,observed=64"]
+    texts += ["snap:4", "snap:4+heavy:4", "snap:4+window:4,observed=0"]
+    texts += ["heavy:4+window:4,observed=1", "snap:4+window:4,block=15"]
+    texts += ["snap:4+window:4,neighbours=-1", "toString:4"]
     for text, answer in zip(texts, run([("policy", [text]) for text in texts]), strict=True):
         if "value" in answer:
             assert answer["value"] == str(parse_policy(text))

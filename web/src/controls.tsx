@@ -1,29 +1,36 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
+import { grouped, parseTokens } from "./format";
+import type { Patch } from "./route";
 
 interface SliderProps {
   id: string;
   label: string;
-  /** The values that it stops at, rising. */
-  stops: readonly number[];
+  /** The values that it stops at, rising; of all whole numbers from 0, the last. */
+  stops: readonly number[] | number;
   value: number;
   show: (value: number) => string;
   set: (value: number) => void;
   /** Reads what is typed in its box; without it there is none. */
   read?: (text: string) => number | null;
+  inputMode?: "text" | "numeric";
+  /** The value in words, where more is to be said than is shown. */
+  says?: (value: number) => string;
   note?: string;
 }
 
 /** A slider over stops; its box takes any number between the first and the last. */
-export function Slider({ id, label, stops, value, show, set, read, note }: SliderProps) {
-  const place = nearest(stops, value);
-  const most = stops.length - 1;
+export function Slider({ id, label, stops, value, show, set, read, inputMode = "text", says = show, note }: SliderProps) {
+  const all = typeof stops === "number";
+  const place = all ? value : nearest(stops, value);
+  const most = all ? stops : stops.length - 1;
+  const of = (stop: number) => (all ? stop : stops[stop]);
   return (
     <div class="control slider">
       <div class="row">
         <label for={id}>{label}</label>
         {read ? (
-          <Box id={`${id}-box`} label={`${label}, exact`} value={value} show={show} set={set} read={read} least={stops[0]} most={stops[most]} />
+          <Box id={`${id}-box`} label={`${label}, exact`} value={value} show={show} set={set} read={read} inputMode={inputMode} least={of(0)} most={of(most)} />
         ) : (
           <output for={id}>{show(value)}</output>
         )}
@@ -37,9 +44,9 @@ export function Slider({ id, label, stops, value, show, set, read, note }: Slide
         max={most}
         step={1}
         value={place}
-        aria-valuetext={show(value)}
+        aria-valuetext={says(value)}
         aria-describedby={note ? `${id}-note` : undefined}
-        onInput={(event) => set(stops[Number(event.currentTarget.value)])}
+        onInput={(event) => set(of(Number(event.currentTarget.value)))}
         style={{ "--share": most ? place / most : 0 }}
       />
       {note && (
@@ -60,9 +67,10 @@ interface BoxProps {
   show: (value: number) => string;
   set: (value: number) => void;
   read: (text: string) => number | null;
+  inputMode: "text" | "numeric";
 }
 
-function Box({ id, label, value, least, most, show, set, read }: BoxProps) {
+function Box({ id, label, value, least, most, show, set, read, inputMode }: BoxProps) {
   const [draft, setDraft] = useState<string | null>(null);
   const done = () => {
     if (draft === null) return;
@@ -76,7 +84,7 @@ function Box({ id, label, value, least, most, show, set, read }: BoxProps) {
       data-testid={id}
       class="box"
       type="text"
-      inputMode="text"
+      inputMode={inputMode}
       autocomplete="off"
       spellcheck={false}
       aria-label={label}
@@ -113,6 +121,11 @@ export function doublings(least: number, most: number): number[] {
       if (value <= most) values.push(value);
     }
   return values;
+}
+
+/** A slider over numbers of tokens, under their own name in the address. */
+export function TokensSlider({ id, label, stops, value, set }: Pick<SliderProps, "id" | "label" | "stops" | "value"> & { set: (patch: Patch) => void }) {
+  return <Slider id={id} label={label} stops={stops} value={value} show={grouped} read={parseTokens} set={(tokens) => set({ [id]: tokens })} />;
 }
 
 interface SelectProps {
@@ -285,18 +298,42 @@ export function Steps({
   };
   return (
     <div class="steps">
-      <div class="buttons">
-        <button type="button" data-testid={`${id}-back`} aria-label={`${label}: one back`} disabled={value <= 0} onClick={() => move(value - 1)}>
-          <Icon path="M11 3 5 8l6 5z" />
-        </button>
-        <button type="button" data-testid={`${id}-play`} aria-label={playing ? `${label}: pause` : `${label}: play`} onClick={() => play(!playing)}>
-          <Icon path={playing ? "M4 3h3v10H4zM9 3h3v10H9z" : "M4 2.5 13 8l-9 5.5z"} />
-        </button>
-        <button type="button" data-testid={`${id}-on`} aria-label={`${label}: one on`} disabled={value >= most} onClick={() => move(value + 1)}>
-          <Icon path="M5 3l6 5-6 5z" />
-        </button>
-      </div>
-      <Slider id={id} label={label} stops={range(0, Math.max(most, 0))} value={value} show={show} set={move} />
+      <StepButtons
+        id={id}
+        names={{ back: `${label}: one back`, play: `${label}: play`, pause: `${label}: pause`, on: `${label}: one on` }}
+        value={value}
+        most={most}
+        playing={playing}
+        toggle={() => play(!playing)}
+        move={move}
+      />
+      <Slider id={id} label={label} stops={Math.max(most, 0)} value={value} show={show} set={move} />
+    </div>
+  );
+}
+
+interface StepButtonsProps {
+  id: string;
+  names: Record<"back" | "play" | "pause" | "on", string>;
+  value: number;
+  most: number;
+  playing: boolean;
+  toggle: () => void;
+  move: (to: number) => void;
+}
+
+export function StepButtons({ id, names, value, most, playing, toggle, move }: StepButtonsProps) {
+  return (
+    <div class="buttons">
+      <button type="button" data-testid={`${id}-back`} aria-label={names.back} disabled={value <= 0} onClick={() => move(value - 1)}>
+        <Icon path="M11 3 5 8l6 5z" />
+      </button>
+      <button type="button" data-testid={`${id}-play`} aria-label={playing ? names.pause : names.play} onClick={toggle}>
+        <Icon path={playing ? "M4 3h3v10H4zM9 3h3v10H9z" : "M4 2.5 13 8l-9 5.5z"} />
+      </button>
+      <button type="button" data-testid={`${id}-on`} aria-label={names.on} disabled={value >= most} onClick={() => move(value + 1)}>
+        <Icon path="M5 3l6 5-6 5z" />
+      </button>
     </div>
   );
 }
@@ -306,6 +343,19 @@ function Icon({ path }: { path: string }) {
     <svg viewBox="0 0 16 16" width="14" height="14" aria-hidden="true">
       <path d={path} />
     </svg>
+  );
+}
+
+/** A view's controls. On a phone they fold away, so that the figures above have the screen. */
+export function Panel({ label, children }: { label: string; children: ComponentChildren }) {
+  const [open, setOpen] = useState(false);
+  return (
+    <form class={open ? "panel open" : "panel"} aria-label={label} onSubmit={(event) => event.preventDefault()}>
+      <button type="button" class="fold" data-testid="fold" aria-expanded={open} onClick={() => setOpen(!open)}>
+        Controls
+      </button>
+      {children}
+    </form>
   );
 }
 

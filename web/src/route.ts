@@ -35,15 +35,25 @@ export function useRoute(): {
   const [route, setRoute] = useState<Route>(() => parseRoute(location.hash));
   const latest = useRef(route);
   const timer = useRef<number | undefined>(undefined);
+  // The hash that `latest` came from. Another one is of a navigation whose event is yet to come.
+  const from = useRef(location.hash);
 
   const show = useCallback((next: Route) => {
     latest.current = next;
     setRoute(next);
   }, []);
 
+  const write = useCallback(() => {
+    clearTimeout(timer.current);
+    if (location.hash !== from.current) return;
+    history.replaceState(null, "", address(latest.current.view, latest.current.params));
+    from.current = location.hash;
+  }, []);
+
   useEffect(() => {
     const read = () => {
       clearTimeout(timer.current);
+      from.current = location.hash;
       show(parseRoute(location.hash));
     };
     addEventListener("hashchange", read);
@@ -59,20 +69,17 @@ export function useRoute(): {
       }
       show({ view: latest.current.view, params });
       clearTimeout(timer.current);
-      timer.current = window.setTimeout(() => {
-        history.replaceState(null, "", address(latest.current.view, latest.current.params));
-      }, SETTLE);
+      timer.current = window.setTimeout(write, SETTLE);
     },
-    [show],
+    [show, write],
   );
 
   const go = useCallback(
     (view: View, params: Params = {}) => {
-      clearTimeout(timer.current);
-      history.replaceState(null, "", address(latest.current.view, latest.current.params));
+      write();
       location.hash = address(view, params);
     },
-    [],
+    [write],
   );
   return { route, set, go };
 }

@@ -6,6 +6,8 @@ import { shown } from "../model/quantities";
 export interface Scale {
   (value: number): number;
   back(place: number): number;
+  start: number;
+  end: number;
   ticks: { value: number; text: string }[];
 }
 
@@ -22,6 +24,7 @@ export function scale(axis: Axis, start: number, end: number, room: number): Sca
   const g = log ? (x: number) => 2 ** x : (x: number) => x;
   const [low, high] = [f(from), f(to)];
   const made = ((value: number) => start + ((f(value) - low) / (high - low || 1)) * (end - start)) as Scale;
+  [made.start, made.end] = [start, end];
   made.back = (place) => g(low + ((place - start) / (end - start)) * (high - low));
   const wanted = Math.max(2, Math.floor(Math.abs(end - start) / room));
   made.ticks = (log ? logTicks(axis, wanted) : linearTicks(axis, wanted)).map((value) => ({ value, text: label(value, axis) }));

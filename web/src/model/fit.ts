@@ -43,7 +43,8 @@ function attempt(change: string, loses: string, spec: Spec, asked: Asked): Candi
 
 /** Changes in the order of what they lose; the first that fits is the one to take. */
 export function cheapest(spec: Spec, asked: Asked): Candidate[] {
-  const found = [attempt("as asked", "nothing", spec, asked)];
+  // A change that can't be had is one of the answers; what was asked for is refused.
+  const found: Candidate[] = [{ change: "as asked", loses: "nothing", asked, ...memory(spec, asked), why: "" }];
   let base = asked;
   if ((asked.devices ?? 1) === 1 && !asked.chunk && asked.context > CHUNK) {
     base = { ...asked, chunk: CHUNK };

@@ -8,7 +8,6 @@ import { text, type Pattern } from "./patterns";
 
 export const LAYOUTS = ["contiguous", "zigzag", "striped"] as const;
 export type Layout = (typeof LAYOUTS)[number];
-export const MOST_RANKS = 1024;
 const FAR = 2 ** 40;
 const TERMS = 5;
 

@@ -378,7 +378,7 @@ function notesOf(spec: Spec, asked: Asked, cache: Cache, layers: Layers[]): stri
       `Where sliding layers are given room for all tokens, the cache is ${shown(cache.full_pages)} instead of ` +
         `${shown(cache.total)}.`,
     );
-  if (layers.some((some) => some.chosen?.kind === "heavy"))
+  if (layers.some((some) => some.chosen?.kind === "heavy" || some.chosen?.kind === "snap"))
     notes.push(
       "The policy needs the attention that each token received: one more pass over queries and keys in prefill, " +
         "which isn't counted.",

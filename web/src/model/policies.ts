@@ -7,6 +7,7 @@ export type Policy =
   | { kind: "window"; window: number; block: number }
   | { kind: "sinks"; sinks: number; window: number; block: number }
   | { kind: "heavy"; heavy: number; window: number; block: number }
+  | { kind: "snap"; heavy: number; window: number; observed: number; neighbours: number; block: number }
   | { kind: "compressive"; window: number; memory: number; rate: number; sinks: number; block: number };
 
 export const KEEP_ALL: Policy = { kind: "keep-all" };
@@ -20,9 +21,18 @@ export function sinkWindow(sinks: number, window: number): Policy {
 }
 
 const FORMS =
-  "keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512, compressive:window=512,memory=256,rate=4";
+  "keep-all, window:1024, sinks:4+window:1020, heavy:512+window:512, snap:448+window:64, compressive:window=512,memory=256,rate=4";
 
-/** What a SPEC text names, but for `layers(...)` and poolings, which no figure of the page has. */
+/** Of each form its kind, the sizes that it needs, and those that it has of itself. */
+const FIELDS: Record<string, [Policy["kind"], string[], Record<string, number>]> = {
+  window: ["window", ["window"], { block: 1 }],
+  "sinks+window": ["sinks", ["sinks", "window"], { block: 1 }],
+  "heavy+window": ["heavy", ["heavy", "window"], { block: 64 }],
+  "snap+window": ["snap", ["heavy", "window"], { observed: 16, neighbours: 3, block: 64 }],
+  compressive: ["compressive", ["window", "memory", "rate"], { sinks: 4, block: 64 }],
+};
+
+/** What a SPEC text names, but for `heads(...)`, `layers(...)` and poolings, which no figure of the page has. */
 export function parsePolicy(text: string): Policy {
   const spec = text.trim();
   const wrong = () => new Error(`policy '${spec}' is not known; allowed are ${FORMS}`);
@@ -30,32 +40,28 @@ export function parsePolicy(text: string): Policy {
   if (head === "keep-all" && !options.length) return KEEP_ALL;
   const values: Record<string, number> = Object.create(null);
   const named = head.startsWith("compressive:");
-  const first = named ? [head.slice("compressive:".length)] : head.split("+").map((part) => part.replace(":", "="));
-  const names = named ? ["compressive"] : head.split("+").map((part) => part.split(":")[0].trim());
+  const counts = named ? [] : head.split("+");
+  const key = named ? "compressive" : counts.map((part) => part.split(":")[0].trim()).join("+");
+  if (key === "snap+window") counts[0] = counts[0].replace("snap", "heavy");
+  const first = named ? [head.slice("compressive:".length)] : counts.map((part) => part.replace(":", "="));
   for (const pair of [...first, ...options]) {
     const match = /^\s*(\w+)\s*=\s*([+-]?\d+)\s*$/.exec(pair);
     if (!match || match[1] in values) throw wrong();
     values[match[1]] = Number(match[2]);
   }
-  const fields: Record<string, [string[], Record<string, number>]> = {
-    window: [["window"], { block: 1 }],
-    "sinks+window": [["sinks", "window"], { block: 1 }],
-    "heavy+window": [["heavy", "window"], { block: 64 }],
-    compressive: [["window", "memory", "rate"], { sinks: 4, block: 64 }],
-  };
-  const key = names.join("+");
-  if (!(key in fields)) throw wrong();
-  const [needed, defaults] = fields[key];
-  const owner = { window: "window", "sinks+window": "sinks+window", "heavy+window": "heavy+window", compressive: "compressive" }[key];
+  if (!Object.hasOwn(FIELDS, key)) throw wrong();
+  const [kind, needed, defaults] = FIELDS[key];
   const all = { ...defaults, ...values };
   if (needed.some((name) => !(name in values)) || Object.keys(all).length !== needed.length + Object.keys(defaults).length)
     throw wrong();
   for (const [name, value] of Object.entries(all)) {
-    const least = name === "sinks" ? 0 : 1;
-    if (value < least) throw new Error(`${owner}: ${name} is ${value}; a whole number of at least ${least} is allowed`);
+    const least = name === "sinks" || name === "neighbours" ? 0 : 1;
+    if (value < least) throw new Error(`${key}: ${name} is ${value}; a whole number of at least ${least} is allowed`);
   }
-  const kind = { window: "window", "sinks+window": "sinks", "heavy+window": "heavy", compressive: "compressive" }[key];
-  return { kind, ...all } as Policy;
+  const policy = { kind, ...all } as Policy;
+  if (policy.kind === "snap" && policy.observed > policy.block)
+    throw new Error(`${key}: observed is ${policy.observed}; at most block, ${policy.block}, is allowed`);
+  return policy;
 }
 
 export function policyText(policy: Policy): string {
@@ -68,6 +74,13 @@ export function policyText(policy: Policy): string {
       return `sinks:${policy.sinks}+window:${policy.window}${policy.block !== 1 ? `,block=${policy.block}` : ""}`;
     case "heavy":
       return `heavy:${policy.heavy}+window:${policy.window}${policy.block !== 64 ? `,block=${policy.block}` : ""}`;
+    case "snap":
+      return (
+        `snap:${policy.heavy}+window:${policy.window}` +
+        (policy.observed !== 16 ? `,observed=${policy.observed}` : "") +
+        (policy.neighbours !== 3 ? `,neighbours=${policy.neighbours}` : "") +
+        (policy.block !== 64 ? `,block=${policy.block}` : "")
+      );
     case "compressive":
       return (
         `compressive:window=${policy.window},memory=${policy.memory},rate=${policy.rate}` +
@@ -87,6 +100,7 @@ export function capacity(policy: Policy): number | null {
     case "sinks":
       return policy.sinks + policy.window - 1 + policy.block;
     case "heavy":
+    case "snap":
       return policy.heavy + policy.window - 1 + policy.block;
     case "compressive":
       return policy.sinks + policy.memory + (policy.rate - 1) + (policy.window - 1) + policy.block;

@@ -81,6 +81,7 @@ export function ofPolicy(policy: Policy): View {
     case "sinks":
       return capped(big(policy.sinks + policy.window - 1), big(policy.block));
     case "heavy":
+    case "snap":
       return capped(big(policy.heavy + policy.window - 1), big(policy.block));
     case "compressive":
       return pooled(policy);

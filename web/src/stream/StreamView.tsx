@@ -1,7 +1,8 @@
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
+import type { ViewProps } from "../app";
 import { around, type Axis } from "../chart/scale";
-import { useWidth } from "../chart/plot";
-import { AsText, Check, Choice, Num, Select } from "../controls";
+import { useWidth } from "../chart/frame";
+import { AsText, Check, Choice, Num, Select, Slider, StepButtons } from "../controls";
 import type { Page } from "../data";
 import { fixed, grouped, shown } from "../format";
 import { oneOf, whole, type Params, type Patch } from "../route";
@@ -24,12 +25,6 @@ import {
 import { fetchRecording, type LiveOffer, type Recording, type RecordingHead, type Run } from "./recording";
 import "./stream.css";
 
-export interface StreamProps {
-  page: Page;
-  params: Params;
-  set: (patch: Patch) => void;
-}
-
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 const SPAN = 2048;
 const TEXT_HEIGHT = 240;
@@ -43,7 +38,7 @@ interface Mark {
   dashed: boolean;
 }
 
-export function StreamView({ page, params, set }: StreamProps) {
+export function StreamView({ page, params, set }: ViewProps) {
   const heads = page.recordings as RecordingHead[];
   const offer = (page as Page & { live?: LiveOffer }).live ?? null;
   const [live, setLive] = useState<Recording | null>(null);
@@ -182,11 +177,18 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
     [last, set],
   );
   useEffect(() => () => clearTimeout(settle.current), []);
-  useEffect(() => {
-    if (asked === told.current) return;
+  const take = () => {
     told.current = asked;
     clearTimeout(settle.current);
     setAt(asked);
+  };
+  useEffect(() => {
+    if (asked !== told.current) take();
+  }, [asked]);
+  // Another address may ask for the place that was asked for before this one moved.
+  useEffect(() => {
+    addEventListener("hashchange", take);
+    return () => removeEventListener("hashchange", take);
   }, [asked]);
   const move = useCallback(
     (to: number) => {
@@ -410,68 +412,36 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
 }
 
 function Transport({ at, last, playing, toggle, move }: { at: number; last: number; playing: boolean; toggle: () => void; move: (to: number) => void }) {
-  const [draft, setDraft] = useState<string | null>(null);
-  const done = () => {
-    const count = Number((draft ?? "").replace(/[\s,_]/g, ""));
-    if (draft !== null && draft.trim() !== "" && Number.isInteger(count)) move(count);
-    setDraft(null);
-  };
   return (
     <div class="transport steps">
-      <div class="buttons">
-        <button type="button" data-testid="stream-back" aria-label="One token back" disabled={at <= 0} onClick={() => move(at - 1)}>
-          <Icon path="M11 3 5 8l6 5z" />
-        </button>
-        <button type="button" data-testid="stream-play" aria-label={playing ? "Pause" : "Play"} onClick={toggle}>
-          <Icon path={playing ? "M4 3h3v10H4zM9 3h3v10H9z" : "M4 2.5 13 8l-9 5.5z"} />
-        </button>
-        <button type="button" data-testid="stream-on" aria-label="One token on" disabled={at >= last} onClick={() => move(at + 1)}>
-          <Icon path="M5 3l6 5-6 5z" />
-        </button>
-      </div>
-      <div class="control slider">
-        <div class="row">
-          <label for="stream-at">Tokens seen</label>
-          <input
-            class="box"
-            data-testid="stream-at-box"
-            aria-label="Tokens seen, exact"
-            type="text"
-            inputMode="numeric"
-            autocomplete="off"
-            value={draft ?? grouped(at)}
-            onInput={(event) => setDraft(event.currentTarget.value)}
-            onBlur={done}
-            onKeyDown={(event) => {
-              if (event.key === "Enter") done();
-              if (event.key === "Escape") setDraft(null);
-            }}
-          />
-        </div>
-        <input
-          id="stream-at"
-          data-testid="stream-at"
-          data-value={at}
-          type="range"
-          min={0}
-          max={last}
-          step={1}
-          value={at}
-          aria-valuetext={`${grouped(at)} of ${grouped(last)} tokens`}
-          onInput={(event) => move(Number(event.currentTarget.value))}
-          style={{ "--share": last ? at / last : 0 }}
-        />
-      </div>
+      <StepButtons
+        id="stream"
+        names={{ back: "One token back", play: "Play", pause: "Pause", on: "One token on" }}
+        value={at}
+        most={last}
+        playing={playing}
+        toggle={toggle}
+        move={move}
+      />
+      <Slider
+        id="stream-at"
+        label="Tokens seen"
+        stops={last}
+        value={at}
+        show={grouped}
+        says={(count) => `${grouped(count)} of ${grouped(last)} tokens`}
+        read={parsePlace}
+        inputMode="numeric"
+        set={move}
+      />
     </div>
   );
 }
 
-function Icon({ path }: { path: string }) {
-  return (
-    <svg viewBox="0 0 16 16" width="14" height="14" aria-hidden="true">
-      <path d={path} />
-    </svg>
-  );
+/** Unlike a number of tokens a place may be 0. */
+function parsePlace(text: string): number | null {
+  const digits = text.replace(/[\s,_]/g, "");
+  return digits !== "" && Number.isInteger(Number(digits)) ? Number(digits) : null;
 }
 
 interface Shown {

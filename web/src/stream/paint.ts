@@ -25,8 +25,15 @@ export interface Ink {
 export function inkOf(element: Element): Ink {
   const style = getComputedStyle(element);
   const of = (name: string) => style.getPropertyValue(`--${name}`).trim();
+  // A property is text, `light-dark(...)`, until it is some element's colour.
+  const probe = element.appendChild(document.createElement("i"));
+  const colour = (name: string) => {
+    probe.style.color = `var(--${name})`;
+    return getComputedStyle(probe).color;
+  };
   const names = ["paper", "sheet", "sunk", "ink", "soft", "faint", "line", "rule", "blue", "orange", "green", "amber", "pink"];
-  const found = Object.fromEntries(names.map((name) => [name, of(name)]));
+  const found = Object.fromEntries(names.map((name) => [name, colour(name)]));
+  probe.remove();
   return { ...found, mono: of("mono"), sans: of("sans"), dark: style.colorScheme === "dark" } as unknown as Ink;
 }
 

@@ -2,18 +2,16 @@ import { useMemo } from "preact/hooks";
 import type { ViewProps } from "../app";
 import { around, type Axis } from "../chart/scale";
 import { Plot, type Line } from "../chart/plot";
-import { AsText, Choice, Select, Slider, Stat, doublings } from "../controls";
-import { fixed, grouped, parseTokens, power, scaled, short, shown, tokens } from "../format";
-import { plan, prefill, STORAGES, type Asked, type Phase } from "../model/plan";
-import { cacheBytes } from "../model/plan";
+import { AsText, Choice, doublings, Panel, Stat, TokensSlider } from "../controls";
+import { fixed, grouped, power, scaled, short, shown, tokens } from "../format";
+import { cacheBytes, plan, prefill, type Asked, type Phase } from "../model/plan";
 import { slidingWindow, type Policy } from "../model/policies";
 import { unbounded, type Spec } from "../model/spec";
 import { oneOf, whole } from "../route";
-import { useDesk } from "./desk";
+import { BatchSlider, deskOf, DeviceSelect, ModelSelect, StorageChoice } from "./desk";
 
 const CONTEXTS = doublings(1024, 2 ** 22);
 const WINDOWS = doublings(16, 2 ** 20);
-const BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const TABLE = [1024, 4096, 16384, 65536, 131072, 262144, 1048576, 4194304];
 
 interface Curve {
@@ -26,12 +24,9 @@ interface Curve {
 }
 
 export function MemoryView({ page, params, set }: ViewProps) {
-  const { spec, device, names, devices } = useDesk(page, params);
+  const { spec, device, batch, storage } = deskOf(page, params);
   const context = whole(params.context, 131072, 1024, 2 ** 22);
   const window = whole(params.window, 4096, 1, 2 ** 20);
-  const batch = whole(params.batch, 1, 1, 256);
-  const asks = oneOf(params.storage, STORAGES);
-  const storage = spec.latent ? "dense" : asks;
   const log = oneOf(params.axes, ["log", "linear"]) === "log";
   const time = oneOf(params.show, ["time", "operations"]) === "time";
 
@@ -216,20 +211,14 @@ export function MemoryView({ page, params, set }: ViewProps) {
             </table>
           </AsText>
         </div>
-        <form class="panel" aria-label="What is planned" onSubmit={(event) => event.preventDefault()}>
-          <Select id="preset" label="Model" value={spec.name} options={names} set={(preset) => set({ preset })} />
-          <Slider id="context" label="Context, tokens" stops={CONTEXTS} value={context} show={grouped} read={parseTokens} set={(n) => set({ context: n })} />
-          <Slider id="window" label="Window, tokens" stops={WINDOWS} value={window} show={grouped} read={parseTokens} set={(n) => set({ window: n })} />
-          <Slider id="batch" label="Batch, sequences" stops={BATCHES} value={batch} show={grouped} set={(n) => set({ batch: n })} />
-          <Choice
-            id="storage"
-            label="Cache held as"
-            value={storage}
-            options={STORAGES.filter((each) => !spec.latent || each === "dense").map((each) => ({ value: each, text: each === "dense" ? "bf16" : each }))}
-            set={(value) => set({ storage: value })}
-          />
+        <Panel label="What is planned">
+          <ModelSelect page={page} spec={spec} set={set} />
+          <TokensSlider id="context" label="Context, tokens" stops={CONTEXTS} value={context} set={set} />
+          <TokensSlider id="window" label="Window, tokens" stops={WINDOWS} value={window} set={set} />
+          <BatchSlider batch={batch} set={set} />
+          <StorageChoice spec={spec} storage={storage} set={set} />
           <hr />
-          <Select id="device" label="Device" value={device.name} options={devices} set={(value) => set({ device: value })} />
+          <DeviceSelect page={page} device={device} set={set} />
           <Choice
             id="show"
             label="Prefill in"
@@ -250,7 +239,7 @@ export function MemoryView({ page, params, set }: ViewProps) {
             ]}
             set={(value) => set({ axes: value })}
           />
-        </form>
+        </Panel>
       </div>
     </section>
   );

@@ -1,7 +1,7 @@
 import { useMemo, useRef, useState } from "preact/hooks";
 import type { ViewProps } from "../app";
-import { useWidth } from "../chart/plot";
-import { AsText, Check, Copy, range, Select, Slider, Stat, Steps } from "../controls";
+import { Drawing, useWidth } from "../chart/frame";
+import { AsText, Check, Copy, Panel, range, Select, Slider, Stat, Steps } from "../controls";
 import { fixed, grouped } from "../format";
 import { work } from "../model/forms";
 import { pairs as countPairs, parse, sees, text, why, Wrong, type Named, type Pattern } from "../model/patterns";
@@ -170,7 +170,7 @@ export function PatternView({ page, params, set }: ViewProps) {
             </table>
           </AsText>
         </div>
-        <form class="panel" aria-label="The pattern" onSubmit={(event) => event.preventDefault()}>
+        <Panel label="The pattern">
           <div class="control">
             <label for="pattern">Pattern</label>
             <input
@@ -235,7 +235,7 @@ export function PatternView({ page, params, set }: ViewProps) {
               </a>
             </p>
           )}
-        </form>
+        </Panel>
       </div>
     </section>
   );
@@ -318,15 +318,13 @@ function Matrix({ pattern, n, step, hover, point, says }: MatrixProps) {
   };
   return (
     <div ref={ref} class="plot">
-      <svg
-        class="chart matrix"
-        data-testid="matrix"
-        role="img"
-        aria-label={`${says} Arrow keys point at pairs.`}
-        tabIndex={0}
+      <Drawing
+        id="matrix"
+        kind="matrix"
+        says={`${says} Arrow keys point at pairs.`}
         width={size}
         height={size}
-        viewBox={`0 0 ${size} ${size}`}
+        tabIndex={0}
         style={{ width: `${size}px` }}
         onPointerMove={place}
         onPointerDown={place}
@@ -358,7 +356,7 @@ function Matrix({ pattern, n, step, hover, point, says }: MatrixProps) {
         ))}
         <rect class="row" x={MARGIN - 1.5} y={MARGIN + step * cell - 1.5} width={n * cell + 2} height={cell + 2 - gap + 1} rx={2} />
         {hover && <rect class="cross" x={MARGIN + hover[1] * cell - 1} y={MARGIN + hover[0] * cell - 1} width={cell + 2 - gap} height={cell + 2 - gap} rx={1.5} />}
-      </svg>
+      </Drawing>
     </div>
   );
 }

@@ -1,29 +1,25 @@
 import { useMemo } from "preact/hooks";
 import type { ViewProps } from "../app";
-import { useWidth } from "../chart/plot";
-import { AsText, Choice, Copy, doublings, Num, Select, Slider, Stat } from "../controls";
-import { fixed, grouped, parseTokens, short, shown, tokens } from "../format";
+import { Drawing, useWidth } from "../chart/frame";
+import { AsText, Choice, Copy, doublings, Num, Panel, Slider, Stat, TokensSlider } from "../controls";
+import { fixed, grouped, short, shown, tokens } from "../format";
 import { cheapest, longest, type Candidate } from "../model/fit";
-import { MOST_TOKENS, plan, STORAGES, type Asked, type Plan } from "../model/plan";
+import { MOST_TOKENS, plan, type Asked, type Plan } from "../model/plan";
 import { policyText } from "../model/policies";
 import { WEIGHTS } from "../model/weights";
 import { oneOf, whole } from "../route";
-import { useDesk } from "./desk";
-import { policyFrom, PolicyControls, refused } from "./policy";
+import { BatchSlider, deskOf, DeviceSelect, LinkChoice, ModelSelect, Refused, refused, StorageChoice } from "./desk";
+import { policyFrom, PolicyControls } from "./policy";
 
 const CONTEXTS = doublings(1024, 2 ** 23);
-const BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 const DEVICES = [1, 2, 4, 8, 16];
 const MEMORIES = [8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512];
 const GIB = 2 ** 30;
 
 export function PlanView({ page, params, set }: ViewProps) {
-  const { spec, device, names, devices } = useDesk(page, params);
-  const link = page.links.find((each) => each.name === params.link) ?? page.links.find((each) => each.name === "ib") ?? page.links[0];
+  const { spec, device, link, batch, storage } = deskOf(page, params);
   const context = whole(params.context, 131072, 1, 2 ** 23);
-  const batch = whole(params.batch, 1, 1, 256);
   const count = whole(params.devices, 1, 1, 16);
-  const storage = spec.latent ? "dense" : oneOf(params.storage, STORAGES);
   const weights = oneOf(params.weights, WEIGHTS);
   const memory = params.memory === undefined && device.memory !== null ? null : whole(params.memory, 64, 1, 4096) * GIB;
   const policy = policyFrom(params, spec, "model");
@@ -84,26 +80,18 @@ export function PlanView({ page, params, set }: ViewProps) {
               <Layers made={made.value} />
             </>
           ) : (
-            <p class="wrong" role="status" data-testid="refused">
-              {made.why}.
-            </p>
+            <Refused why={made.why} />
           )}
         </div>
-        <form class="panel" aria-label="What is planned" onSubmit={(event) => event.preventDefault()}>
-          <Select id="preset" label="Model" value={spec.name} options={names} set={(preset) => set({ preset })} />
-          <Slider id="context" label="Context, tokens" stops={CONTEXTS} value={context} show={grouped} read={parseTokens} set={(n) => set({ context: n })} />
-          <Slider id="batch" label="Batch, sequences" stops={BATCHES} value={batch} show={grouped} set={(n) => set({ batch: n })} />
+        <Panel label="What is planned">
+          <ModelSelect page={page} spec={spec} set={set} />
+          <TokensSlider id="context" label="Context, tokens" stops={CONTEXTS} value={context} set={set} />
+          <BatchSlider batch={batch} set={set} />
           <PolicyControls policy={policy} spec={spec} set={set} />
-          <Choice
-            id="storage"
-            label="Cache held as"
-            value={storage}
-            options={STORAGES.filter((each) => !spec.latent || each === "dense").map((each) => ({ value: each, text: each === "dense" ? "bf16" : each }))}
-            set={(value) => set({ storage: value })}
-          />
+          <StorageChoice spec={spec} storage={storage} set={set} />
           <Choice id="weights" label="Weights" value={weights} options={WEIGHTS.map((each) => ({ value: each, text: each }))} set={(value) => set({ weights: value })} />
           <hr />
-          <Select id="device" label="Device" value={device.name} options={devices} set={(value) => set({ device: value, memory: null })} />
+          <DeviceSelect page={page} device={device} set={(patch) => set({ ...patch, memory: null })} />
           <Slider
             id="memory"
             label="Its memory"
@@ -115,7 +103,7 @@ export function PlanView({ page, params, set }: ViewProps) {
           />
           <Slider id="devices" label="Devices that share the context" stops={DEVICES} value={count} show={String} set={(value) => set({ devices: value })} />
           {count > 1 ? (
-            <Choice id="link" label="Link" value={link.name} options={page.links.map((each) => ({ value: each.name, text: each.name }))} set={(value) => set({ link: value })} />
+            <LinkChoice page={page} link={link} set={set} />
           ) : (
             <Choice
               id="chunk"
@@ -128,7 +116,7 @@ export function PlanView({ page, params, set }: ViewProps) {
               set={(value) => set({ chunk: value === "2048" ? value : null })}
             />
           )}
-        </form>
+        </Panel>
       </div>
     </section>
   );
@@ -195,14 +183,11 @@ function MemoryBar({ made, name }: { made: Plan; name: string }) {
   let start = 0;
   return (
     <div ref={ref} class="plot">
-      <svg
-        class="chart"
-        data-testid="plan-bar"
-        role="img"
+      <Drawing
+        id="plan-bar"
         width={width}
         height={74}
-        viewBox={`0 0 ${width} 74`}
-        aria-label={`Memory of ${name}: ${parts.map((part) => `${part.name} ${shown(part.bytes)}`).join(", ")}${made.memory === null ? "" : `, of ${shown(made.memory)}`}.`}
+        says={`Memory of ${name}: ${parts.map((part) => `${part.name} ${shown(part.bytes)}`).join(", ")}${made.memory === null ? "" : `, of ${shown(made.memory)}`}.`}
       >
         <text class="title" x={0} y={12}>
           Memory{made.devices > 1 ? " of a device" : ""}, bytes
@@ -221,7 +206,7 @@ function MemoryBar({ made, name }: { made: Plan; name: string }) {
             </text>
           </g>
         )}
-      </svg>
+      </Drawing>
       <ul class="legend">
         {parts.map((part) => (
           <li key={part.name}>

@@ -1,10 +1,9 @@
-import { doublings, range, Select, Slider } from "../controls";
-import { grouped, parseTokens } from "../format";
+import { doublings, range, Select, Slider, TokensSlider } from "../controls";
 import { policyText, type Policy } from "../model/policies";
 import type { Spec } from "../model/spec";
 import { oneOf, whole, type Params, type Patch } from "../route";
 
-const KINDS = ["model", "window", "sinks", "heavy", "compressive"] as const;
+const KINDS = ["model", "window", "sinks", "heavy", "snap", "compressive"] as const;
 const WINDOWS = doublings(16, 2 ** 20);
 
 /** The policy of the address; null: what the model itself can see. Left to itself it fits the model. */
@@ -23,15 +22,15 @@ export function policyFrom(params: Params, spec: Spec, otherwise: (typeof KINDS)
       return { kind, sinks, window: count("window", budget - sinks), block: 1 };
     case "heavy":
       return { kind, heavy: count("heavy", Math.floor(budget / 4)), window: count("window", Math.floor(budget / 2)), block: 64 };
+    case "snap":
+      return { kind, heavy: count("heavy", Math.floor(budget / 2)), window: count("window", Math.floor(budget / 8)), observed: 16, neighbours: 3, block: 64 };
     case "compressive":
       return { kind, window: count("window", Math.floor(budget / 2)), memory: count("pooled", Math.floor(budget / 4)), rate: whole(params.rate, 4, 1, 16), sinks: 4, block: 64 };
   }
 }
 
 export function PolicyControls({ policy, spec, set }: { policy: Policy | null; spec: Spec; set: (patch: Patch) => void }) {
-  const tokens = (id: string, label: string, value: number) => (
-    <Slider id={id} label={label} stops={WINDOWS} value={value} show={grouped} read={parseTokens} set={(next) => set({ [id]: next })} />
-  );
+  const tokens = (id: string, label: string, value: number) => <TokensSlider id={id} label={label} stops={WINDOWS} value={value} set={set} />;
   const own = spec.windows.some((each) => each !== null) ? "the model’s own windows" : "all tokens";
   return (
     <>
@@ -44,6 +43,7 @@ export function PolicyControls({ policy, spec, set }: { policy: Policy | null; s
           { value: "window", text: "a window" },
           { value: "sinks", text: "sinks and a window" },
           { value: "heavy", text: "heavy hitters and a window" },
+          { value: "snap", text: "what the last queries look at" },
           { value: "compressive", text: "a window and a pooled memory" },
         ]}
         set={(kind) => set({ policy: kind, window: null })}
@@ -51,6 +51,7 @@ export function PolicyControls({ policy, spec, set }: { policy: Policy | null; s
       {policy && policy.kind !== "keep-all" && tokens("window", "Window, tokens", policy.window)}
       {policy?.kind === "sinks" && <Slider id="sinks" label="Sinks, tokens" stops={range(0, 64)} value={policy.sinks} show={String} set={(next) => set({ sinks: next })} />}
       {policy?.kind === "heavy" && tokens("heavy", "Heavy hitters, tokens", policy.heavy)}
+      {policy?.kind === "snap" && tokens("heavy", "Looked at, tokens", policy.heavy)}
       {policy?.kind === "compressive" && (
         <>
           {tokens("pooled", "Pooled slots", policy.memory)}
@@ -60,14 +61,4 @@ export function PolicyControls({ policy, spec, set }: { policy: Policy | null; s
       {policy && <p class="note">SPEC: <code data-testid="policy-spec">{policyText(policy)}</code></p>}
     </>
   );
-}
-
-/** What a function gives, or the sentence with which it refuses. */
-export function refused<T>(make: () => T): { value: T; why: "" } | { value: null; why: string } {
-  try {
-    return { value: make(), why: "" };
-  } catch (error) {
-    if (error instanceof TypeError || error instanceof RangeError) throw error;
-    return { value: null, why: error instanceof Error ? error.message : String(error) };
-  }
 }

@@ -1,9 +1,10 @@
 import type { ViewProps } from "../app";
 import type { Measure, MeasuredReach } from "../data";
-import { Plot, useWidth, type Line } from "../chart/plot";
+import { Drawing, useWidth } from "../chart/frame";
+import { Plot, type Line } from "../chart/plot";
 import type { Axis } from "../chart/scale";
-import { AsText, Choice, doublings, range, Select, Slider, Stat, Steps } from "../controls";
-import { fixed, grouped, parseTokens } from "../format";
+import { AsText, Choice, doublings, Panel, range, Select, Slider, Stat, Steps, TokensSlider } from "../controls";
+import { fixed, grouped } from "../format";
 import { bound } from "../model/spec";
 import { oneOf, whole } from "../route";
 
@@ -63,7 +64,7 @@ export function ReachView({ page, params, set }: ViewProps) {
             </figcaption>
           </figure>
         </div>
-        <form class="panel" aria-label="The stack of layers" onSubmit={(event) => event.preventDefault()}>
+        <Panel label="The stack of layers">
           <Select
             id="preset"
             label="Layers of"
@@ -74,10 +75,10 @@ export function ReachView({ page, params, set }: ViewProps) {
           {!preset && (
             <>
               <Slider id="layers" label="Layers" stops={range(1, 128)} value={count} show={String} set={(value) => set({ layers: value, step: null })} />
-              <Slider id="window" label="Window, tokens" stops={WINDOWS} value={window} show={grouped} read={parseTokens} set={(value) => set({ window: value })} />
+              <TokensSlider id="window" label="Window, tokens" stops={WINDOWS} value={window} set={set} />
             </>
           )}
-        </form>
+        </Panel>
       </div>
       <Measured page={page} params={params} set={set} />
     </section>
@@ -108,7 +109,7 @@ function Cone({ windows, step }: { windows: (number | null)[]; step: number }) {
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((part) => Math.round(part * (open ? most / 1.5 : most)));
   return (
     <div ref={ref} class="plot">
-      <svg class="chart" data-testid="reach-cone" role="img" width={width} height={height} viewBox={`0 0 ${width} ${height}`} aria-label={`Reach through ${layers} layers: ${reaches.map((_, k) => shownReach(k)).join(", ")} tokens.`}>
+      <Drawing id="reach-cone" width={width} height={height} says={`Reach through ${layers} layers: ${reaches.map((_, k) => shownReach(k)).join(", ")} tokens.`}>
         <text class="title" x={0} y={12}>
           layer
         </text>
@@ -142,7 +143,7 @@ function Cone({ windows, step }: { windows: (number | null)[]; step: number }) {
             tokens back from the last one
           </text>
         </g>
-      </svg>
+      </Drawing>
     </div>
   );
 }
@@ -233,7 +234,7 @@ function Measured({ page, params, set }: ViewProps) {
             </table>
           </AsText>
         </div>
-        <form class="panel" aria-label="What was measured" onSubmit={(event) => event.preventDefault()}>
+        <Panel label="What was measured">
           <Select id="model" label="Model" value={chosen.name} options={all.map((each) => ({ value: each.name, text: each.name }))} set={(name) => set({ model: name })} />
           <Choice
             id="by"
@@ -248,7 +249,7 @@ function Measured({ page, params, set }: ViewProps) {
           <p class="note">
             <code>attnspan doctor MODEL</code> measures it for a model of your own.
           </p>
-        </form>
+        </Panel>
       </div>
     </>
   );

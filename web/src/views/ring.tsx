@@ -1,15 +1,14 @@
 import { useMemo } from "preact/hooks";
 import type { ViewProps } from "../app";
-import { useWidth } from "../chart/plot";
-import { AsText, Choice, doublings, Num, range, Select, Slider, Stat, Steps } from "../controls";
-import { fixed, grouped, parseTokens, short, shown } from "../format";
+import { Drawing, useWidth } from "../chart/frame";
+import { AsText, Choice, doublings, Num, Panel, range, Select, Slider, Stat, Steps, TokensSlider } from "../controls";
+import { fixed, grouped, short, shown } from "../format";
 import { LAYOUTS, work, type Layout, type Work } from "../model/forms";
 import { big, divide, sum } from "../model/numbers";
 import { text, type Pattern } from "../model/patterns";
 import { chunksOf, cost, imbalance, kvBytes, received, rounds, sent, shard } from "../model/ring";
 import { oneOf, whole } from "../route";
-import { useDesk } from "./desk";
-import { refused } from "./policy";
+import { deskOf, DeviceSelect, LinkChoice, ModelSelect, Refused, refused } from "./desk";
 
 const TOKENS = doublings(64, 2 ** 22);
 const WINDOWS = doublings(1, 2 ** 20);
@@ -29,8 +28,7 @@ const SAYS: Record<Layout, string> = {
 };
 
 export function RingView({ page, params, set }: ViewProps) {
-  const { spec, device, names, devices } = useDesk(page, params);
-  const link = page.links.find((each) => each.name === params.link) ?? page.links.find((each) => each.name === "ib") ?? page.links[0];
+  const { spec, device, link } = deskOf(page, params);
   const n = whole(params.tokens, 131072, 16, 2 ** 22);
   const size = whole(params.processes, 6, 1, 16);
   const layout = oneOf(params.layout, LAYOUTS, "zigzag");
@@ -55,24 +53,22 @@ export function RingView({ page, params, set }: ViewProps) {
           {found ? (
             <Shown work={found} pattern={pattern} layout={layout} step={step} set={(value) => set({ step: value })} cost={cost("ring", found, heads, { device, link })} perKey={kvBytes(heads)} name={spec.name} />
           ) : (
-            <p class="wrong" role="status" data-testid="refused">
-              {why}.
-            </p>
+            <Refused why={why} />
           )}
         </div>
-        <form class="panel" aria-label="The ring" onSubmit={(event) => event.preventDefault()}>
+        <Panel label="The ring">
           <Slider id="processes" label="Processes" stops={range(1, 16)} value={size} show={String} set={(value) => set({ processes: value, step: null })} />
-          <Slider id="tokens" label="Tokens" stops={TOKENS} value={n} show={grouped} read={parseTokens} set={(value) => set({ tokens: value })} />
+          <TokensSlider id="tokens" label="Tokens" stops={TOKENS} value={n} set={set} />
           <Choice id="layout" label="Layout" value={layout} options={LAYOUTS.map((each) => ({ value: each, text: each }))} set={(value) => set({ layout: value })} />
           <Select id="pattern" label="Pattern" value={kind} options={KINDS.map((each) => ({ value: each, text: NAMES[each] }))} set={(value) => set({ pattern: value })} />
           {kind !== "causal" && kind !== "full" && (
-            <Slider id="window" label={{ window: "Window, tokens", sinks: "Window, tokens", blocks: "Block, tokens", strided: "Window, tokens" }[kind]} stops={WINDOWS} value={window} show={grouped} read={parseTokens} set={(value) => set({ window: value })} />
+            <TokensSlider id="window" label={kind === "blocks" ? "Block, tokens" : "Window, tokens"} stops={WINDOWS} value={window} set={set} />
           )}
           <hr />
-          <Select id="preset" label="Heads of" value={spec.name} options={names} set={(preset) => set({ preset })} />
-          <Select id="device" label="Device" value={device.name} options={devices} set={(value) => set({ device: value })} />
-          <Choice id="link" label="Link" value={link.name} options={page.links.map((each) => ({ value: each.name, text: each.name }))} set={(value) => set({ link: value })} />
-        </form>
+          <ModelSelect page={page} spec={spec} label="Heads of" set={set} />
+          <DeviceSelect page={page} device={device} set={set} />
+          <LinkChoice page={page} link={link} set={set} />
+        </Panel>
       </div>
     </section>
   );
@@ -232,7 +228,7 @@ function Wheel({ work: found, step, says }: { work: Work; step: number; says: st
   const ranks = range(0, size - 1);
   return (
     <div ref={ref} class="plot">
-      <svg class="chart wheel" data-testid="ring-wheel" role="img" aria-label={says} width={side} height={side} viewBox={`0 0 ${side} ${side}`} style={{ width: `${side}px` }}>
+      <Drawing id="ring-wheel" kind="wheel" says={says} width={side} height={side} style={{ width: `${side}px` }}>
         <defs>
           <marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">
             <path d="M0 0 8 4 0 8z" class="arrow" />
@@ -286,7 +282,7 @@ function Wheel({ work: found, step, says }: { work: Work; step: number; says: st
         <text x={middle} y={middle + 12} text-anchor="middle">
           {step === 0 ? "own keys" : `keys of r − ${step}`}
         </text>
-      </svg>
+      </Drawing>
       <p class="note">A disc is a process, its filling the pairs of this step. K2: keys and values of process 2; –: none of them are needed, so none are sent.</p>
     </div>
   );
@@ -303,7 +299,7 @@ function Heat({ work: found, step }: { work: Work; step: number }) {
   const ranks = range(0, size - 1);
   return (
     <div ref={ref} class="plot">
-      <svg class="chart" data-testid="ring-heat" role="img" aria-label={`Pairs of the queries of each of ${size} processes with the keys of each.`} width={side} height={side} viewBox={`0 0 ${side} ${side}`} style={{ width: `${side}px` }}>
+      <Drawing id="ring-heat" says={`Pairs of the queries of each of ${size} processes with the keys of each.`} width={side} height={side} style={{ width: `${side}px` }}>
         <text class="title" x={margin} y={10}>
           keys of process →
         </text>
@@ -326,7 +322,7 @@ function Heat({ work: found, step }: { work: Work; step: number }) {
         {ranks.map((r) => (
           <rect key={r} class="frame" x={margin + ((r - step + size) % size) * cell - 0.5} y={margin + r * cell - 0.5} width={cell - 0.5} height={cell - 0.5} />
         ))}
-      </svg>
+      </Drawing>
       <p class="note">The darker, the more pairs. Framed: what is computed in this step, one field a process.</p>
     </div>
   );
@@ -343,7 +339,7 @@ function Strip({ work: found, layout }: { work: Work; layout: Layout }) {
   const holder = (k: number) => (layout === "striped" ? k % size : k < size ? k : 2 * size - 1 - k);
   return (
     <div ref={ref} class="plot">
-      <svg class="chart" data-testid="ring-strip" role="img" aria-label={`Layout ${layout}: the sequence lies over the processes in this order: ${Array.from({ length: Math.min(parts, 2 * size) }, (_, k) => holder(k)).join(", ")}${layout === "striped" ? ", and so on, token by token" : ""}.`} width={width} height={52} viewBox={`0 0 ${width} 52`}>
+      <Drawing id="ring-strip" says={`Layout ${layout}: the sequence lies over the processes in this order: ${Array.from({ length: Math.min(parts, 2 * size) }, (_, k) => holder(k)).join(", ")}${layout === "striped" ? ", and so on, token by token" : ""}.`} width={width} height={52}>
         {Array.from({ length: parts }, (_, k) => (
           <g key={k}>
             <rect class={`fill-${TONES[holder(k) % 6]}`} x={k * wide} y={16} width={Math.max(1, wide - 1)} height={18} style={holder(k) >= 6 ? { opacity: holder(k) >= 12 ? 0.35 : 0.6 } : undefined} />
@@ -360,7 +356,7 @@ function Strip({ work: found, layout }: { work: Work; layout: Layout }) {
         <text class="title" x={width} y={10} text-anchor="end">
           {layout === "striped" ? `the first ${grouped(parts)} of ${grouped(n)} tokens` : `token ${grouped(n - 1)}`}
         </text>
-      </svg>
+      </Drawing>
     </div>
   );
 }
@@ -378,7 +374,7 @@ function Bars({ work: found, step }: { work: Work; step: number }) {
   const x = (value: number) => (value / most) * (width - left - 4);
   return (
     <div ref={ref} class="plot">
-      <svg class="chart" data-testid="ring-bars" role="img" aria-label={`Pairs that each process computes: ${totals.map((total, r) => `${r}: ${grouped(total)}`).join(", ")}.`} width={width} height={height} viewBox={`0 0 ${width} ${height}`}>
+      <Drawing id="ring-bars" says={`Pairs that each process computes: ${totals.map((total, r) => `${r}: ${grouped(total)}`).join(", ")}.`} width={width} height={height}>
         <text class="title" x={0} y={12}>
           pairs computed
         </text>
@@ -401,7 +397,7 @@ function Bars({ work: found, step }: { work: Work; step: number }) {
           );
         })}
         <line class="now" x1={left + x(mean)} x2={left + x(mean)} y1={top - 6} y2={height} />
-      </svg>
+      </Drawing>
     </div>
   );
 }

@@ -1,22 +1,19 @@
 import { useMemo } from "preact/hooks";
 import type { ViewProps } from "../app";
-import { useWidth } from "../chart/plot";
+import { Drawing, useWidth } from "../chart/frame";
 import { scale } from "../chart/scale";
-import { AsText, Choice, doublings, Num, Select, Slider, Stat } from "../controls";
-import { fixed, grouped, parseTokens, shown } from "../format";
-import { plan, STORAGES, type Plan } from "../model/plan";
+import { AsText, Choice, doublings, Num, Panel, Stat, TokensSlider } from "../controls";
+import { fixed, grouped, shown } from "../format";
+import { plan, type Plan } from "../model/plan";
 import { oneOf, whole } from "../route";
-import { useDesk } from "./desk";
-import { policyFrom, PolicyControls, refused } from "./policy";
+import { BatchSlider, deskOf, ModelSelect, Refused, refused, StorageChoice } from "./desk";
+import { policyFrom, PolicyControls } from "./policy";
 
 const CONTEXTS = doublings(1024, 2 ** 22);
-const BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 
 export function StackView({ page, params, set }: ViewProps) {
-  const { spec, device, names } = useDesk(page, params);
+  const { spec, device, batch, storage } = deskOf(page, params, "int8");
   const context = whole(params.context, 131072, 1, 2 ** 22);
-  const batch = whole(params.batch, 1, 1, 256);
-  const storage = spec.latent ? "dense" : oneOf(params.storage, STORAGES, "int8");
   const log = oneOf(params.axes, ["linear", "log"]) === "log";
   const policy = policyFrom(params, spec, "sinks");
   const made = useMemo(() => refused(() => plan(spec, { context, device, batch, storage, policy })), [spec, context, device, batch, storage, JSON.stringify(policy)]);
@@ -32,26 +29,14 @@ export function StackView({ page, params, set }: ViewProps) {
       </header>
       <div class="desk">
         <div>
-          {made.value ? (
-            <Shown made={made.value} name={spec.name} log={log} />
-          ) : (
-            <p class="wrong" role="status" data-testid="refused">
-              {made.why}
-            </p>
-          )}
+          {made.value ? <Shown made={made.value} name={spec.name} log={log} /> : <Refused why={made.why} />}
         </div>
-        <form class="panel" aria-label="What is planned" onSubmit={(event) => event.preventDefault()}>
-          <Select id="preset" label="Model" value={spec.name} options={names} set={(preset) => set({ preset })} />
-          <Slider id="context" label="Context, tokens" stops={CONTEXTS} value={context} show={grouped} read={parseTokens} set={(n) => set({ context: n })} />
-          <Slider id="batch" label="Batch, sequences" stops={BATCHES} value={batch} show={grouped} set={(n) => set({ batch: n })} />
+        <Panel label="What is planned">
+          <ModelSelect page={page} spec={spec} set={set} />
+          <TokensSlider id="context" label="Context, tokens" stops={CONTEXTS} value={context} set={set} />
+          <BatchSlider batch={batch} set={set} />
           <PolicyControls policy={policy} spec={spec} set={set} />
-          <Choice
-            id="storage"
-            label="Cache held as"
-            value={storage}
-            options={STORAGES.filter((each) => !spec.latent || each === "dense").map((each) => ({ value: each, text: each === "dense" ? "bf16" : each }))}
-            set={(value) => set({ storage: value })}
-          />
+          <StorageChoice spec={spec} storage={storage} set={set} />
           <hr />
           <Choice
             id="axes"
@@ -63,7 +48,7 @@ export function StackView({ page, params, set }: ViewProps) {
             ]}
             set={(value) => set({ axes: value })}
           />
-        </form>
+        </Panel>
       </div>
     </section>
   );
@@ -166,7 +151,7 @@ function Waterfall({ id, title, bars, log, says }: { id: string; title: string; 
   const at = (value: bigint) => Math.max(left, x(Math.max(Number(value), axis.from || 0)));
   return (
     <div ref={ref} class="plot">
-      <svg class="chart" data-testid={id} role="img" aria-label={says} width={width} height={height} viewBox={`0 0 ${width} ${height}`}>
+      <Drawing id={id} says={says} width={width} height={height}>
         <text class="title" x={0} y={12}>
           {title}
         </text>
@@ -201,7 +186,7 @@ function Waterfall({ id, title, bars, log, says }: { id: string; title: string; 
             </text>
           ))}
         </g>
-      </svg>
+      </Drawing>
     </div>
   );
 }
