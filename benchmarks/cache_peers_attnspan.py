@@ -24,8 +24,8 @@ RETRIEVAL = ((7, 0), (9, 1))
 
 
 @lru_cache
-def llama(path: str) -> Any:
-    return LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+def llama(path: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return LlamaForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 class Attached:

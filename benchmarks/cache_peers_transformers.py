@@ -29,14 +29,14 @@ def llama(path: str) -> Any:
 
 
 @lru_cache
-def sliding(path: str, window: int) -> Any:
+def sliding(path: str, window: int, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The same weights as a Mistral, which is a Llama with a window that its caches know."""
     config = llama(path).config.to_dict()
     for name in ("architectures", "model_type", "dtype", "attention_bias", "mlp_bias"):
         config.pop(name, None)
     # Loaded so and not cast, since a cast would take the rotary frequencies along.
     return MistralForCausalLM.from_pretrained(
-        path, config=MistralConfig(**config, sliding_window=window), dtype=torch.bfloat16
+        path, config=MistralConfig(**config, sliding_window=window), dtype=dtype
     ).eval()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from attnspan.evaluation.tasks import Writer
 from attnspan.evaluation.texts import python_heldout
@@ -100,16 +100,25 @@ def test_whole_caches_are_a_forward_by_hand(measured, ids):
 def test_windows_of_both_libraries_are_the_same(modules, measured, ids):
     ours, theirs = measured["window:64"], measured["DynamicCache, sliding_window"]
     # Theirs turns keys by angles that grow, ours by those within the window: bfloat16 differs.
-    assert ours["nll"] == pytest.approx(theirs["nll"], abs=0.01)
-    model = modules.attnspan.llama(str(bundled.path()))
-    for window in (63, 65):
-        spec = f"window:{window}"
-        row = modules.worker.Row(
-            spec, "bounded", lambda _, s=spec: modules.attnspan.Attached(model, s, "dense", 0)
-        )
+    path, exact = str(bundled.path()), torch.float32
+    model = modules.attnspan.llama(path, exact)
+    narrow = modules.transformers.sliding(path, 64, exact)
+
+    def nlls(opened):
         with torch.inference_mode():
-            found = modules.worker.passages(row, ids, 128, 129, 2)
-        assert max(abs(a - b) for a, b in zip(found, theirs["nll"], strict=True)) > 0.015
+            return modules.worker.passages(
+                modules.worker.Row("", "bounded", opened), ids, 128, 129, 2
+            )
+
+    expected = nlls(lambda _: modules.worker.Plain(narrow, DynamicCache(config=narrow.config)))
+    for window in (63, 64, 65):
+        found = nlls(
+            lambda _, w=window: modules.attnspan.Attached(model, f"window:{w}", "dense", 0)
+        )
+        off = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert off < 1e-5 if window == 64 else off > 0.005, (window, off)
+    assert ours["nll"] == pytest.approx(expected, abs=0.05)
+    assert theirs["nll"] == pytest.approx(expected, abs=0.05)
     assert min(ours["nll"]) > max(measured["keep-all"]["nll"])
     # Theirs holds one token less, its own, and the memory of the whole prompt until the next one.
     assert theirs["bytes"]["end"] == pytest.approx(64 * 5120, rel=0.02)

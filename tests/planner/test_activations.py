@@ -11,7 +11,7 @@ import torch
 from planned import EAGER_ONLY, FAMILIES, planned
 from transformers import DynamicCache
 
-from attnspan.evaluation.verify import PEAK, held_bytes, peak_bytes
+from attnspan.evaluation.verify import PEAK, held_bytes, packs, peak_bytes
 from attnspan.models import bundled
 from attnspan.planner import phases
 from attnspan.planner.activations import Peak, prefill_peak
@@ -81,6 +81,7 @@ def plan(loaded: Any, tokens: int, spec: ModelSpec | None = None, **more: Any) -
         attention="standard" if eager else "flash",
         engine="transformers",
         threads=torch.get_num_threads(),
+        packs=packs(loaded.dtype),
         **more,
     )
 
@@ -220,7 +221,14 @@ def test_a_gpu_has_no_tiles_in_memory() -> None:
         threads: {
             step.name: step.bytes
             for step in phases.steps(
-                spec, 1000, 1000, batch=1, itemsize=2, eager=False, threads=threads
+                spec,
+                1000,
+                1000,
+                batch=1,
+                itemsize=2,
+                eager=False,
+                threads=threads,
+                packs=False,
             )
         }
         for threads in (None, 2)
@@ -230,6 +238,29 @@ def test_a_gpu_has_no_tiles_in_memory() -> None:
     # bf16 scores, their copy in fp32, and fp32 probabilities.
     peak = prefill_peak(spec, 1000, attention="standard", threads=None, **sizes)
     assert peak.working == 32 * 1000 * 1000 * (2 + 4 + 4)
+
+
+def test_tiles_of_bf16_lay_keys_and_values_out_anew_where_that_pays() -> None:
+    spec = model("llama-3.1-8b")
+
+    def attention(tokens: int, packs: bool, itemsize: int = 2) -> int:
+        found = phases.steps(
+            spec,
+            tokens,
+            tokens,
+            batch=1,
+            itemsize=itemsize,
+            eager=False,
+            threads=2,
+            packs=packs,
+        )
+        return next(step.bytes for step in found if step.name == "attention")
+
+    # Keys and values of 8 heads once more, and for each thread a block of 512 keys turned around.
+    again = 2 * 8 * 1000 * 128 * 2 + 2 * 512 * 128 * 2
+    assert attention(1000, True) - attention(1000, False) == again
+    for tokens, itemsize in ((1000, 4), (63, 2)):
+        assert attention(tokens, True, itemsize) == attention(tokens, False, itemsize)
 
 
 def test_what_a_gpu_allocated() -> None:

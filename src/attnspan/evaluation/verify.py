@@ -220,6 +220,7 @@ class _Run:
             engine="transformers",
             chunk=self.chunk,
             threads=self.threads,
+            packs=packs(self.model.dtype),
         )
 
     def _own_call(self) -> int:
@@ -327,6 +328,11 @@ class _Run:
                 raise
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise ValueError(f"model {self.name} can't be run: {reason}") from error
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether torch's attention on this CPU lays keys and values of `dtype` out anew."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def held_bytes(cache: DynamicCache) -> int:

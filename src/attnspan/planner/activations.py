@@ -42,6 +42,7 @@ def prefill_peak(
     engine: str = "theory",
     chunk: int | None = None,
     threads: int | None = 1,
+    packs: bool = False,
 ) -> Peak:
     """The most that prefill holds at once, above weights and cache.
 
@@ -58,6 +59,8 @@ def prefill_peak(
         chunk: tokens that go through the model at once; None: all.
         threads: of the CPU that `transformers` runs on, each of which has a tile of flash
             attention; None: it runs on a GPU.
+        packs: that CPU multiplies bf16 by tiles (Intel's AMX), for which torch lays keys and values
+            out anew.
 
     Raises:
         ValueError: one sentence: a size is wrong, or there is no such attention or engine.
@@ -84,7 +87,7 @@ def prefill_peak(
     if engine == "theory":
         phases = _theory(spec, new, tokens, batch, itemsize, attention)
     else:
-        phases = _transformers(spec, new, tokens, batch, itemsize, attention, threads)
+        phases = _transformers(spec, new, tokens, batch, itemsize, attention, threads, packs)
     return max(phases, key=lambda peak: peak.bytes)
 
 
@@ -152,6 +155,7 @@ def _transformers(
     itemsize: int,
     attention: str,
     threads: int | None,
+    packs: bool,
 ) -> list[Peak]:
     """Those of the first call, of the last one that brings `new` tokens, and of the last.
 
@@ -181,6 +185,7 @@ def _transformers(
             itemsize=itemsize,
             eager=attention == "standard",
             threads=threads,
+            packs=packs,
         ):
             parts = {**step.parts, "keys and values of later calls": -later}
             found.append(_peak(step.name, parts, step.working, notes))

@@ -95,16 +95,17 @@ def steps(
     itemsize: int,
     eager: bool,
     threads: int | None,
+    packs: bool,
 ) -> Iterator[Step]:
     """Every step of the last call of a prefill that brings `new` of all `tokens` tokens.
 
     Bytes are above weights and above the whole cache as it stands at the end: a layer that has not
     run yet holds less of it, which counts as bytes below. `threads` are those of a CPU; None is a
-    GPU, whose kernels neither have a tile in memory nor copy a factor of another dtype.
+    GPU, whose kernels neither have a tile in memory nor copy a factor of another dtype. `packs`:
+    its CPU multiplies bf16 by tiles (Intel's AMX), for which torch lays keys and values out anew.
     """
-    shape = _Shape(
-        spec, new, tokens, batch, itemsize, eager, threads, _BUILT.get(spec.family, Built())
-    )
+    built = _BUILT.get(spec.family, Built())
+    shape = _Shape(spec, new, tokens, batch, itemsize, eager, threads, packs, built)
     missing = sum(shape.added(window) for window in spec.windows)
     for index, window in enumerate(spec.windows):
         for step in shape.layer(window, first=index == 0):
@@ -124,6 +125,7 @@ class _Shape:
     itemsize: int
     eager: bool
     threads: int | None
+    packs: bool
     built: Built
 
     @property
@@ -308,9 +310,11 @@ class _Shape:
     def _attention(self, window: int | None, inside: Parts) -> Step:
         spec, q = self.spec, self.queries
         read = self._read(window)
-        repeated = 0
+        repeated, heads = 0, spec.kv_heads
         grouped = not self.eager and (self.new == 1 or not self._masked(window))
         # One head's keys are repeated as a view.
+        if not grouped:
+            heads = spec.heads
         if spec.heads > spec.kv_heads > 1 and not grouped:
             repeated = 2 * self.batch * spec.heads * read * spec.head_dim * self.itemsize
         parts = {**inside, "queries": q, "keys and values, a copy for each query head": repeated}
@@ -319,7 +323,7 @@ class _Shape:
             parts["scores, and scores anew"] = working
             return Step("attention", parts, working)
         mask = self._mask(window) if self._masked(window) else 0
-        kernel = self._kernel(read)
+        kernel = self._kernel(read, heads, causal=not self._masked(window))
         parts |= {
             "mask in numbers": mask,
             "attention's output": q,
@@ -336,8 +340,9 @@ class _Shape:
         # Softmax gives fp32, of a copy in fp32; only of fp16 a GPU needs none.
         return 1 + 2 * 4 // self.itemsize
 
-    def _kernel(self, read: int) -> int:
-        """torch's flash attention: a log-sum-exp, and on a CPU a tile for each thread."""
+    def _kernel(self, read: int, heads: int, causal: bool) -> int:
+        """torch's flash attention over the keys of so many heads: a log-sum-exp, and on a CPU a
+        tile for each thread, and what is laid out anew."""
         if self.threads is None:
             return self._wide(self.spec.heads, 4)
         queries = min(256 if self.new >= 768 else 64 if self.new >= 192 else 32, self.new)
@@ -345,7 +350,15 @@ class _Shape:
         tile = queries * (keys + 2 + self.spec.head_dim) * 4
         if self.itemsize < 4:
             tile += queries * keys * self.itemsize
-        return self._wide(self.spec.heads, 4) + self.threads * tile
+        again = 0
+        # Where that pays, by its own rule.
+        shared = -(-self.batch * self.spec.heads * -(-self.new // queries) // self.threads)
+        products = shared * queries * (min(self.new, read) if causal else read)
+        wide = min(self.new, read) >= 64 and products >= 4 * self.batch * heads * read
+        if self.packs and self.itemsize == 2 and wide:
+            again = 2 * self.batch * heads * read * self.spec.head_dim * self.itemsize
+            tile += keys * self.spec.head_dim * self.itemsize
+        return self._wide(self.spec.heads, 4) + self.threads * tile + again
 
     def _feed_forward(self) -> Iterator[Parts]:
         spec, experts = self.spec, self.spec.experts
