@@ -42,9 +42,9 @@ def joined(folders: list[Path]) -> dict[str, Any]:
     Raises:
         ValueError: they were made by different recipes or versions.
     """
-    shared = ("recipe", "device", "torch", "transformers", "date")
+    shared = ("recipe", "device", "torch", "transformers")
     runs = [json.loads(path.read_text()) for f in folders for path in sorted(f.glob("*-*.json"))]
-    heads = {json.dumps({name: run[name] for name in shared}) for run in runs}
+    heads = {json.dumps({name: run[name] for name in shared}, sort_keys=True) for run in runs}
     if len(heads) != 1:
         raise ValueError(f"the folders hold runs of {len(heads)} recipes; one is allowed")
     order = list(variants(runs[0]["recipe"]["length"]))
