@@ -162,6 +162,7 @@ def test_the_article_s_claim_has_the_measured_figures() -> None:
     claim = claims()[-1]
     for name, kind in (
         ("window", "window"),
+        ("strided", "strided"),
         ("blockwise", "blockwise"),
         ("longformer", "Longformer"),
     ):

@@ -163,7 +163,7 @@ def _quality() -> Claim:
     return Claim(
         "Quality lost: window 0-3 %, strided 2-5 %, blockwise 5-10 %, Longformer 1-4 %",
         "measured on small models trained alike, each query seeing an eighth of 1,024 bytes or "
-        "less: window and strided +12 to +13 %, blockwise +35 %, Longformer +13 % bits a byte of "
+        "less: window +12 %, strided +13 %, blockwise +35 %, Longformer +13 % bits a byte of "
         "Python, and with 2 of 10 layers full nothing that shows",
         "no source",
         "It depends on model, text and length, and on whether the model was trained so: put on a "
