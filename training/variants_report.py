@@ -141,22 +141,27 @@ def distance(data: dict[str, Any]) -> str:
     runs = by_variant(data)
     copies = list(_mean_task(runs["full"], "copy"))
     depths = list(_mean_task(runs["full"], "passkey"))
+    needles = list(_mean_task(runs["full"], "needle"))
     lines = [
         "| variant | copy at "
         + ", ".join(f"{d:g}" for d in copies)
         + " | passkey at depth "
         + ", ".join(f"{d:g}" for d in depths)
+        + " | needle at depth "
+        + ", ".join(f"{d:g}" for d in needles)
         + " | bits in the last quarter, Python | 90 % of the gradients within | 99 % |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, seeds in runs.items():
         copy, passkey = _mean_task(seeds, "copy"), _mean_task(seeds, "passkey")
+        needle = _mean_task(seeds, "needle")
         reach = [run["reach"]["gradients"]["within"] for run in seeds.values()]
         last = sum(run["python"]["by_quarter"][-1] for run in seeds.values()) / len(seeds)
         cells = [
             name,
             ", ".join(f"{copy[d]:.2f}" for d in copies),
             ", ".join(f"{passkey[d]:.2f}" for d in depths),
+            ", ".join(f"{needle[d]:.2f}" for d in needles),
             f"{last:.3f}",
             ", ".join(str(each["0.9"]) for each in reach),
             ", ".join(str(each["0.99"]) for each in reach),

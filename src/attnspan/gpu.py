@@ -329,7 +329,8 @@ def received(
 
 def _folded(x: Tensor) -> Tensor:
     """The sequences of a batch as heads of one sequence, so that a class of rows is one problem
-    for them all. A query head's KV head stays the same; a copy where memory asks for it."""
+    for them all. A query head's KV head stays the same. No view joins the heads of a batch where
+    tokens lie between them, as in transformers' layout: those are copied, once a call."""
     return x.flatten(0, 1)[None]
 
 

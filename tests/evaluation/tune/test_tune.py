@@ -9,7 +9,8 @@ import torch
 
 from attnspan.cache import Dense, Int8
 from attnspan.evaluation.intervals import by_passage, paired, ratio
-from attnspan.evaluation.tasks import TASKS, StreamingNll
+from attnspan.evaluation.tasks import TASKS, Passkey, StreamingNll
+from attnspan.evaluation.tune import quality as quality_of
 from attnspan.evaluation.tune import run as running
 from attnspan.evaluation.tune import state as states
 from attnspan.evaluation.tune import tune
@@ -254,6 +255,7 @@ def test_a_state_of_something_else_is_refused(tiny_tuned, text, tmp_path):
         ({"max_loss": 0.1, "passages": 3}, "passages is 3"),
         ({"max_loss": 0.1, "families": ("sink",)}, "family 'sink' is not known"),
         ({"max_loss": 0.1, "tasks": ()}, "tasks is empty"),
+        ({"max_loss": 0.1, "tasks": (Passkey(), Passkey(depths=(1.0,)))}, "tasks has passkey 2"),
     ],
 )
 def test_bad_arguments(more, sentence, tiny_tuned, text):
@@ -310,4 +312,44 @@ def test_losses_of_tasks(tiny_tuned, monkeypatch):
     (lost,) = quality.of(small)
     assert lost.ratio == pytest.approx(1 + 1 / 3)  # of three right answers one is lost
     assert lost.low < lost.ratio < lost.high
-    assert quality.of(FULL)[0].high == 1.0
+    # Three answers that both get right: by Wilson, 3.84 / (3 + 3.84) of them may be lost.
+    assert quality.of(FULL)[0].high == pytest.approx(1 + 3.8415 / 6.8415, rel=1e-4)
+    with pytest.raises(ValueError, match=r"3 right answers .* loss of 2.000%.* 251 or more"):
+        quality.check(0.02, examples=4)
+    quality.check(0.6, examples=4)
+
+
+@pytest.mark.parametrize(("wrong", "most"), [(0, 1.0188), (1, 1.0277), (10, 1.0895)])
+def test_few_lost_answers_are_no_proof_of_none(wrong, most):
+    """Of 200 answers, by the interval of a share (Wilson 1927)."""
+    full = [(1.0,) * 5] * 40
+    own = [(0.0 if i < wrong else 1.0, *(1.0,) * 4) for i in range(40)]
+    found = quality_of._lost(own, full)
+    assert found.ratio == pytest.approx(1 + wrong / 200)
+    assert found.high >= most
+    assert found.high < most + 0.003
+    # Gains elsewhere don't make up for what may be lost.
+    gained = [(*each[:4], 1.0) for each in own]
+    assert quality_of._lost(gained, [(*each[:4], 0.0) for each in full]).high > found.high - 0.02
+
+
+def test_nothing_right_tells_nothing():
+    assert quality_of._lost([(0.0,), (1.0,)], [(0.0,), (0.0,)]).high > 1e300
+
+
+def test_intervals_take_neighbours_of_the_text_together(tiny_tuned, monkeypatch):
+    model, _ = tiny_tuned
+    quality = quality_of.Quality(ledger(model, passages(5)), True, [], lambda *_: [])
+    places = quality_of.spread(5)
+    monkeypatch.setattr(
+        type(quality.ledger),
+        "nlls",
+        lambda self, choice, count: [float(place + (choice == FULL)) for place in places[:count]],
+    )
+    seen = []
+    monkeypatch.setattr(quality_of, "ratio", lambda own, full: seen.append((own, full)))
+    for count in (5, 3):
+        quality.text(Choice(SinkWindow(4, 4), Dense()), count)
+        own, full = seen.pop()
+        assert own == sorted(places[:count])
+        assert full == [place + 1 for place in own]

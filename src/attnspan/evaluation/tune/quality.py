@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from attnspan.evaluation.intervals import Paired, by_passage, ratio
+from attnspan.evaluation.intervals import Paired, bounded_exp, by_passage, ratio
 from attnspan.evaluation.tasks import DoesNotFit, StreamingNll, Task
 from attnspan.evaluation.tasks.base import Setting
+from attnspan.evaluation.tasks.intervals import Z, wilson
 from attnspan.evaluation.tasks.runner import Result, score
 from attnspan.evaluation.tune.measure import FULL, Ledger
 from attnspan.evaluation.tune.space import Choice
@@ -50,18 +51,39 @@ class Quality:
         """Perplexity and nll over the full cache's."""
         count = len(self.ledger.passages) if count is None else count
         own, full = self.ledger.nlls(choice, count), self.ledger.nlls(FULL, count)
+        # In the text's order: the intervals take neighbours together.
+        order = spread(len(self.ledger.passages))[:count]
+        own, full = ([each[i] for i in ranks(order)] for each in (own, full))
         gaps = [a - b for a, b in zip(own, full, strict=True)]
         return by_passage(gaps), ratio(own, full)
 
     def of(self, choice: Choice) -> tuple[Paired, ...]:
         """All that counts, on the whole part."""
         found: list[Paired] = list(self.text(choice)) if self.nll else []
-        for task in self.tasks:
-            if self.used[task.name]:
-                own, full = (self._values(task, each) for each in (choice, FULL))
-                kept = ratio(own, full)
-                found.append(Paired(2 - kept.ratio, 2 - kept.high, 2 - kept.low))
+        found += (
+            _lost(self._values(task, choice), self._values(task, FULL))
+            for task in self.tasks
+            if self.used[task.name]
+        )
         return tuple(found)
+
+    def check(self, max_loss: float, examples: int) -> None:
+        """Refuses a loss that so few prompts can't tell from none.
+
+        Raises:
+            ValueError: a task's prompts are too few; the sentence says how many would do.
+        """
+        for task in self.tasks:
+            if not self.used[task.name]:
+                continue
+            right = math.fsum(map(math.fsum, self._values(task, FULL)))
+            if wilson(0, right).high > max_loss:
+                enough = math.ceil(Z * Z * (1 / max_loss - 1) * examples / right)
+                raise ValueError(
+                    f"examples is {examples}: {task.name} has {right:.0f} right answers under the "
+                    f"full cache, too few to tell a loss of {max_loss:.3%} from none; about "
+                    f"{enough} or more, or a larger max_loss, are allowed"
+                )
 
     def find_used(self) -> list[dict[str, Any]]:
         """Asks the full cache what it can do; what it can't, and why."""
@@ -84,8 +106,8 @@ class Quality:
                     left_out.append({"task": task.name, "setting": dict(setting), "why": why})
         return left_out
 
-    def _values(self, task: Task, choice: Choice) -> list[float]:
-        """Of each prompt, its share of right answers: the mean over settings, prompt by prompt.
+    def _values(self, task: Task, choice: Choice) -> list[tuple[float, ...]]:
+        """Of each prompt, its share of right answers in each setting.
 
         A prompt may be asked about several settings; where each setting has prompts of its own,
         those of the same number go together, which costs nothing: they are as independent.
@@ -95,11 +117,11 @@ class Quality:
             for each in self._results(task, choice)
             if tuple(map(tuple, each["setting"])) in self.used[task.name]
         ]
-        return [math.fsum(values) / len(values) for values in zip(*results, strict=True)]
+        return list(zip(*results, strict=True))
 
     def _results(self, task: Task, choice: Choice) -> Any:
         """A list of results as JSON; of the full cache perhaps why there are none."""
-        part, name = self.ledger.part, f"{task.name}: {choice}"
+        part, name = self.ledger.part, f"{task!r}: {choice}"
         found = self.ledger.state.get(part, name)
         if found is None:
             try:
@@ -117,6 +139,47 @@ class Quality:
                 found = str(error)
             self.ledger.state.put(part, name, found)
         return found
+
+
+def _lost(own: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> Paired:
+    """The accuracy that is lost, on 1, of prompts with one or more settings each.
+
+    The upper end is that of the prompts' differences, or that of Wilson's interval of the answers
+    which the full cache gets right and the choice doesn't, whichever is higher: where no prompt
+    or hardly one differs, differences alone would say that nothing can be lost.
+    """
+    kinds = (own, full)
+    means = [[math.fsum(values) / len(values) for values in kind] for kind in kinds]
+    right = math.fsum(map(math.fsum, full))
+    if not right:  # as of another part's prompts: nothing tells a loss
+        return Paired(1.0, 0.0, bounded_exp(math.inf))
+    kept = ratio(*means)
+    lost = math.fsum(
+        max(0.0, b - a)
+        for ours, theirs in zip(*kinds, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    most = max(2 - kept.low, 1 + wilson(lost / right, right).high)
+    return Paired(2 - kept.ratio, 2 - kept.high, most)
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count`, of which the first few are spread over all of them.
+
+    >>> spread(8)
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    digits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda i: int(f"{i:0{digits}b}"[::-1], 2))
+
+
+def ranks(order: Sequence[int]) -> list[int]:
+    """Where in `order` its numbers stand, from the least to the largest.
+
+    >>> ranks([0, 4, 2])
+    [0, 2, 1]
+    """
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def scorer(

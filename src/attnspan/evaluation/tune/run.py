@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from attnspan import __version__
 from attnspan.cache import Dense, Storage
 from attnspan.evaluation import heads as heads_of
 from attnspan.evaluation import report as reports
@@ -24,7 +25,7 @@ from attnspan.evaluation.tasks import StreamingNll, Task
 from attnspan.evaluation.tasks.runner import EXAMPLES, check_length
 from attnspan.evaluation.tune import search as searching
 from attnspan.evaluation.tune.measure import FULL, Ledger, allocated
-from attnspan.evaluation.tune.quality import Quality, scorer, split_tasks
+from attnspan.evaluation.tune.quality import Quality, scorer, split_tasks, spread
 from attnspan.evaluation.tune.search import Demand, Found, Point
 from attnspan.evaluation.tune.space import FAMILIES, STORAGES, Choice, Space
 from attnspan.evaluation.tune.state import State
@@ -81,7 +82,8 @@ def tune(
         tokenizer: of that model.
         file: binary, UTF-8, at the text's first byte.
         max_loss: 0.02 allows 2 %: perplexity and nll each at most 1.02 times the full cache's,
-            accuracies at least 0.98 times, the interval of 95 % included.
+            accuracies at least 0.98 times, the interval of 95 % included; prompts too few to show
+            that are refused.
         memory: bytes that a cache may allocate for one sequence of `length` tokens; either this or
             `max_loss`.
         tasks: what counts; `StreamingNll()` stands for the text.
@@ -110,6 +112,10 @@ def tune(
     nll, generated = split_tasks(tasks)
     if not tasks:
         raise ValueError("tasks is empty; nll, for the text, or tasks by name are allowed")
+    names = [task.name for task in tasks]
+    for each in names:
+        if names.count(each) > 1:
+            raise ValueError(f"tasks has {each} {names.count(each)} times; once is allowed")
     tokens = check_length(model, length)
     if tokens < LEAST_LENGTH:
         raise ValueError(f"length is {tokens}; at least {LEAST_LENGTH} is allowed")
@@ -127,6 +133,8 @@ def tune(
             "model": model_fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
+            "attnspan": __version__,
+            "torch": torch.__version__,
             "text": hashlib.sha256(
                 b"".join(array("q", ids).tobytes() for part in parts for ids in part)
             ).hexdigest(),
@@ -157,6 +165,8 @@ def tune(
         announce(_work(space, len(parts[0]), len(parts[1]), tokens))
     left_out += choosing.find_used()
     testing.used = choosing.used
+    if max_loss is not None:
+        choosing.check(max_loss, examples)
     if not choosing.names:
         raise ValueError(
             "tasks: the model can do none of them with the full cache at "
@@ -253,22 +263,12 @@ def _parts(
             "to test on (a smaller length needs fewer)"
         )
     count = min(most, half)
-    places = [half * i // count for i in _spread(count)]
+    places = [half * i // count for i in spread(count)]
     late = len(ids) // body - half
     return (
         [(*start, *ids[place * body : (place + 1) * body]) for place in places],
         [(*start, *ids[(late + p) * body : (late + p + 1) * body]) for p in places],
     )
-
-
-def _spread(count: int) -> list[int]:
-    """The numbers below `count`, of which the first few are spread over all of them.
-
-    >>> _spread(8)
-    [0, 4, 2, 6, 1, 5, 3, 7]
-    """
-    digits = max(1, (count - 1).bit_length())
-    return sorted(range(count), key=lambda i: int(f"{i:0{digits}b}"[::-1], 2))
 
 
 def _retrieving(
