@@ -59,7 +59,11 @@ def explore(
     if record is not None:
         _record(record, **how)
         return
-    given = [name for name, value in how.items() if value and (name, value) != ("text", "python")]
+    given = [
+        name
+        for name, value in how.items()
+        if value not in (None, ()) and (name, value) != ("text", "python")
+    ]
     if given:
         name = {"policies": "policy"}.get(given[0], given[0])
         raise ValueError(f"--{name} is given without --record; with it it is allowed")

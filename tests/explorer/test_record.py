@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 from array import array
 from pathlib import Path
 from typing import Any
@@ -208,9 +209,23 @@ def test_damage_is_seen(bundled: Any) -> None:
         {"text": recording.pack(b"short")},
         {"runs": [{}]},
         {"runs": None},
+        {"runs": []},
+        {"meta": None},
+        {"title": "\ud800"},
+        {"layer": True},
+        {"meta": {"date": math.nan}},
     ):
         with pytest.raises(ValueError, match=r"recording"):
             recording.check({**copy.deepcopy(made), **change}, "x")
+    without = copy.deepcopy(made)
+    del without["meta"]
+    with pytest.raises(ValueError, match="it is not whole"):
+        recording.check(without, "x")
+    for change in ({"rate": 0}, {"block": 0}, {"looks": {}}, {"perplexity": []}, {"sinks": "4"}):
+        worse = copy.deepcopy(made)
+        worse["runs"][0] |= change
+        with pytest.raises(ValueError, match=r"recording x: it"):
+            recording.check(worse, "x")
     made["runs"][0]["left"] = recording.pack(bytes(8))
     with pytest.raises(ValueError, match="don't fit"):
         recording.check(made, "x")

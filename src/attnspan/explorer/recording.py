@@ -33,6 +33,25 @@ VERSION = 1
 MOST = 25.0
 """Nats that the largest code stands for; more is written as this much."""
 
+_NOTHING = type(None)
+_HEAD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("title", "text"), (str,)),
+    **dict.fromkeys(("tokens", "layer", "head"), (int,)),
+    "nll_most": (int, float),
+    "meta": (dict,),
+    "runs": (list,),
+}
+_RUN: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("policy", "storage", "nll"), (str,)),
+    **dict.fromkeys(("block", "sinks", "heavy", "rate", "slot_bytes", "tokens"), (int,)),
+    **dict.fromkeys(("window", "capacity"), (int, _NOTHING)),
+    **dict.fromkeys(("left", "pooled"), (str, _NOTHING)),
+    "nll_mean": (int, float),
+    "looks": (dict,),
+    "perplexity": (list,),
+}
+_LOOKS = ("tokens", "held", "cache_bytes")
+
 SHIPPED = Path(__file__).with_name("recordings")
 
 
@@ -151,17 +170,39 @@ def check(found: Any, name: str) -> None:
         raise ValueError(
             f"recording {name}: its version is {found.get('version')!r}; {VERSION} is allowed"
         )
-    try:
-        whole = len(unpack(found["text"])) == found["tokens"]
-        for run in found["runs"]:
-            arrays = [len(unpack(run["nll"]))]
-            arrays += [len(unpack(run[name])) / 4 for name in ("left", "pooled") if run[name]]
-            whole = whole and run["tokens"] <= found["tokens"]
-            whole = whole and set(arrays) == {run["tokens"]}
-    except (KeyError, TypeError):
-        raise ValueError(f"recording {name}: it is not whole") from None
-    if not whole:
+    runs = _has(found, _HEAD) and found["runs"]
+    if not runs or not all(_has(run, _RUN) for run in runs):
+        raise ValueError(f"recording {name}: it is not whole")
+    if not all(_fits(run, found["tokens"]) for run in runs):
         raise ValueError(f"recording {name}: its arrays don't fit its counts")
+    if len(unpack(found["text"])) != found["tokens"]:
+        raise ValueError(f"recording {name}: its text doesn't fit its count of tokens")
+    try:
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:  # half of a surrogate pair, or a number that isn't finite
+        raise ValueError(f"recording {name}: it holds what no page can be given") from None
+
+
+def _has(found: Any, kinds: dict[str, tuple[type, ...]]) -> bool:
+    """Whether it has all of the keys, each of its kind; a count is no truth value."""
+    return isinstance(found, dict) and all(
+        key in found and isinstance(found[key], kind) and not isinstance(found[key], bool)
+        for key, kind in kinds.items()
+    )
+
+
+def _fits(run: dict[str, Any], tokens: int) -> bool:
+    """Whether a run's arrays are as long as its counts say."""
+    looks = [run["looks"].get(name) for name in _LOOKS] + [run["perplexity"]]
+    lengths = {len(unpack(run["nll"]))}
+    lengths |= {len(unpack(run[name])) / 4 for name in ("left", "pooled") if run[name]}
+    return (
+        lengths == {run["tokens"]}
+        and 0 < run["tokens"] <= tokens
+        and min(run["block"], run["rate"]) > 0
+        and all(isinstance(look, list) for look in looks)
+        and len({len(look) for look in looks}) == 1
+    )
 
 
 def head(found: dict[str, Any], name: str) -> dict[str, Any]:
