@@ -400,13 +400,15 @@ def _folders(*folders: Path | None) -> None:
 
 
 def _write(result: dict[str, Any], json: str | None, plot: str | None, kind: str) -> None:
-    """Files first: they are whole even if nobody reads our output to its end."""
-    if plot is not None:
-        from attnspan.evaluation.files import write_file
-        from attnspan.evaluation.plot import plot as draw
-
-        write_file(plot, draw(result, kind))
-
+    """Files first: they are whole even if nobody reads our output to its end. What can't be written
+    is told all the same."""
     from attnspan.evaluation.display import show
 
-    options.give(result, json, lambda: show(result, sys.stdout))
+    try:
+        if plot is not None:
+            from attnspan.evaluation.files import write_file
+            from attnspan.evaluation.plot import plot as draw
+
+            write_file(plot, draw(result, kind))
+    finally:
+        options.give(result, json, lambda: show(result, sys.stdout))

@@ -84,14 +84,16 @@ def doctor(
             config=jsons.loads((folder / "config.json").read_text(encoding="utf-8")),
             report=bar.show,
         )
-    if plot is not None:
-        from attnspan.evaluation.doctor_plot import plot as draw
-
-        write_file(plot, draw(result, kind))
 
     def show() -> None:
         from attnspan.evaluation.doctor_text import text as report
 
         click.echo(report(result), nl=False)
 
-    options.give(result, json, show)
+    try:
+        if plot is not None:
+            from attnspan.evaluation.doctor_plot import plot as draw
+
+            write_file(plot, draw(result, kind))
+    finally:  # minutes of work are told even if a file can't be written any more
+        options.give(result, json, show)

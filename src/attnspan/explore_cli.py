@@ -9,10 +9,14 @@ import click
 
 from attnspan import options
 
+PORT = 8517
+
 
 @click.command()
 @click.option(
-    "--port", type=options.Count(0), default=8517, help="On 127.0.0.1; 0 takes one that is free."
+    "--port",
+    type=options.Count(0),
+    help=f"On 127.0.0.1; 0 takes one that is free.  [default: {PORT}]",
 )
 @click.option("--export", metavar="FILE", help="Write the page as one file that works offline.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
@@ -43,7 +47,7 @@ from attnspan import options
 @click.option("--layer", type=options.Count(0), help="Whose slots are recorded.")
 @click.option("--head", type=options.Count(0), help="KV head whose slots are recorded.")
 def explore(
-    port: int,
+    port: int | None,
     export: str | None,
     no_browser: bool,
     recordings: tuple[Path, ...],
@@ -71,6 +75,8 @@ def explore(
 
     held = gather(recordings)
     if export is not None:
+        if port is not None:
+            raise ValueError("--port and --export are given together; one of the two is allowed")
         from attnspan.evaluation.files import check_file
         from attnspan.explorer.export import export as write
 
@@ -78,6 +84,7 @@ def explore(
         size = write(export, held)
         click.echo(f"{export}: {size:,} bytes; open it in a browser, online or not.")
         return
+    port = PORT if port is None else port
     if port > 65_535:
         raise ValueError(f"--port is {port}; 0 to 65535 is allowed")
     from attnspan.explorer.server import serve

@@ -59,13 +59,16 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def give(figures: dict[str, Any], file: str | None, show: Callable[[], object]) -> None:
-    """Writes figures as JSON where that was asked for, else prints them as `show` does."""
+    """Writes figures as JSON where that was asked for, and prints them as `show` does, also where
+    the file can't be written any more."""
     from attnspan.evaluation.files import to_json, write_file
 
     text = to_json(figures)
     if file == "-":
         click.echo(text, nl=False)
         return
-    if file is not None:
-        write_file(file, text.encode())
-    show()
+    try:
+        if file is not None:
+            write_file(file, text.encode())
+    finally:
+        show()

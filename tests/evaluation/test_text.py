@@ -157,10 +157,22 @@ def test_resume_refuses_another_text():
     reader = TextReader(io.BytesIO(text.encode()), TOKENIZERS["word_bpe"])
     reader.read(60)
     for other in (text.replace("def", "Def"), text[:20]):
-        with pytest.raises(ValueError, match=r"notes\.txt: its first \d+ bytes are not those"):
+        with pytest.raises(ValueError, match=r"text notes\.txt: it is not the one that"):
             TextReader(
                 io.BytesIO(other.encode()), TOKENIZERS["word_bpe"], "notes.txt", reader.place
             )
+
+
+def test_resume_refuses_another_text_within_the_first_piece():
+    text, tokenizer = CORPUS[0] * 5, TOKENIZERS["word_bpe"]
+    reader = TextReader(io.BytesIO(text.encode()), tokenizer)
+    _, widths = reader.read(60)
+    seen = sum(widths)
+    assert reader.place.offset == 0 < seen < len(text.encode())
+    later = text[:-2] + "~~"  # nobody has read that
+    TextReader(io.BytesIO(later.encode()), tokenizer, place=reader.place)
+    with pytest.raises(ValueError, match="it is not the one that the snapshot was taken of"):
+        TextReader(io.BytesIO(("~" + text[1:]).encode()), tokenizer, place=reader.place)
 
 
 @pytest.mark.parametrize(

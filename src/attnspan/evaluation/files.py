@@ -42,9 +42,11 @@ def write_file(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # of the file that was asked for
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

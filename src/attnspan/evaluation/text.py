@@ -36,12 +36,14 @@ class Place:
         context: how many of them, the last ones, are tokenised with the piece.
         taken: tokens of the piece that have been read.
         sha256: of the first `offset` bytes.
+        read: the same of those that all tokens read so far stand for.
     """
 
     offset: int
     context: int
     taken: int
     sha256: str
+    read: str
 
 
 class TextReader:
@@ -98,7 +100,14 @@ class TextReader:
 
     @property
     def place(self) -> Place:
-        return Place(self._offset, self._context, self._taken, self._hash.hexdigest())
+        sha256 = self._hash.hexdigest()
+        return Place(self._offset, self._context, self._taken, sha256, self._read_hash())
+
+    def _read_hash(self) -> str:
+        found = self._hash.copy()
+        piece = self._text[self._start : self._stop].encode()
+        found.update(piece[: sum(self._widths[: self._taken])])
+        return found.hexdigest()
 
     def read(self, count: int) -> tuple[list[int], list[int]]:
         """Up to `count` token ids and the bytes that each stands for; fewer only at the end."""
@@ -120,11 +129,9 @@ class TextReader:
             self._received += len(block)
             self._hash.update(block)
             tail = (tail + block)[-place.context :] if place.context else b""
+        other = ValueError(f"text {self._name}: it is not the one that the snapshot was taken of")
         if self._hash.hexdigest() != place.sha256:
-            raise ValueError(
-                f"text {self._name}: its first {place.offset:,} bytes are not those that the "
-                "snapshot was taken of"
-            )
+            raise other
         self._offset, self._context = place.offset, place.context
         self._text = tail.decode()
         self._start = len(self._text)
@@ -132,6 +139,8 @@ class TextReader:
         if place.taken > len(self._ids):
             raise ValueError(f"text {self._name}: it ends before the place of the snapshot")
         self._taken = place.taken
+        if self._read_hash() != place.read:
+            raise other
 
     def _next_piece(self) -> bool:
         """Leaves the present piece and tokenises the next; False at the end of the text."""

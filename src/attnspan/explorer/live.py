@@ -39,7 +39,9 @@ def wanted(given: Any) -> Wanted:
         raise ValueError("the request is no JSON object")
     if extra := sorted(set(given) - {"policy", "storage", "source", "text", "limit"}):
         raise ValueError(f"{str(extra[0])[:40]!r} is asked for, which a run doesn't have")
-    policy = given.get("policy")
+    if "policy" not in given:
+        raise ValueError("policy is missing")
+    policy = given["policy"]
     if not isinstance(policy, str) or len(policy) > 200:
         raise ValueError("policy is no text of up to 200 characters")
     storage = given.get("storage", "dense")
@@ -50,7 +52,8 @@ def wanted(given: Any) -> Wanted:
         raise ValueError(f"limit is no whole number from 2 to {LIMIT}")
     source, text = given.get("source"), given.get("text")
     if (source is None) == (text is None):
-        raise ValueError("either source or text must be given")
+        found = "neither is" if source is None else "both are"
+        raise ValueError(f"source and text: {found} given; one of the two is allowed")
     if source is not None and (not isinstance(source, str) or source not in TEXTS):
         raise ValueError(f"source is no one of {', '.join(TEXTS)}")
     try:

@@ -131,11 +131,14 @@ def read(path: Path) -> dict[str, Any]:
     """A recording from its file.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is no recording; one sentence says why.
+        ValueError: it can't be read or is no recording; one sentence says why.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"recording {path}: {error.strerror}; a file of `attnspan explore --record` is allowed"
+        ) from None
     except (ValueError, RecursionError):
         raise ValueError(f"recording {path}: it is not JSON") from None
     check(found, str(path))
@@ -146,8 +149,7 @@ def gather(given: Iterable[Path] = ()) -> dict[str, dict[str, Any]]:
     """The recordings of the package, and those of some files, by names that an address can hold.
 
     Raises:
-        OSError: a file can't be read.
-        ValueError: a file is no recording.
+        ValueError: a file can't be read or is no recording.
     """
     held = {name: read(path) for name, path in shipped().items()}
     for path in given:

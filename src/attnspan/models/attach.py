@@ -318,6 +318,11 @@ class _Attachment:
         width: int,
     ) -> None:
         """A cache counts positions itself, so those given must be what it counts."""
+        if width == 0 and cache.tokens_seen:
+            raise ValueError(
+                f"input_ids has 0 tokens for a cache that has seen {cache.tokens_seen:,}; tokens that "
+                "come after those, or a new cache, are allowed"
+            )
         if positions is None:
             return
         if (

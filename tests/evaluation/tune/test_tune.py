@@ -222,8 +222,8 @@ def test_a_state_of_something_else_is_refused(tiny_tuned, text, tmp_path):
     tune(model, tokenizer, text(), max_loss=0.3, state=file, **SMALL)
     before = file.read_bytes()
     for more, size, named in (
-        ({"length": 64}, 6000, "another text"),
-        ({"passages": 5}, 6000, "another text"),
+        ({"length": 64}, 6000, "another length, 128; 64 is asked for"),
+        ({"passages": 5}, 6000, "another passages"),
         ({}, 5000, "another text"),
     ):
         with pytest.raises(ValueError, match=named) as refused:

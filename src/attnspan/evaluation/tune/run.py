@@ -135,12 +135,13 @@ def tune(
             "device": model.device.type,
             "attnspan": __version__,
             "torch": torch.__version__,
-            "text": hashlib.sha256(
-                b"".join(array("q", ids).tobytes() for part in parts for ids in part)
-            ).hexdigest(),
             "length": tokens,
             "passages": [len(part) for part in parts],
             "examples": examples if generated else None,
+            # Last, since it is another one too where those differ.
+            "text": hashlib.sha256(
+                b"".join(array("q", ids).tobytes() for part in parts for ids in part)
+            ).hexdigest(),
         },
     )
 
