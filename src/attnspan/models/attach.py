@@ -320,8 +320,8 @@ class _Attachment:
         """A cache counts positions itself, so those given must be what it counts."""
         if width == 0 and cache.tokens_seen:
             raise ValueError(
-                f"input_ids has 0 tokens for a cache that has seen {cache.tokens_seen:,}; tokens that "
-                "come after those, or a new cache, are allowed"
+                f"input_ids has 0 tokens for a cache that has seen {cache.tokens_seen:,}; those "
+                "that come next, or a new cache, are allowed"
             )
         if positions is None:
             return
