@@ -726,3 +726,13 @@ def test_a_decoder_without_a_head_attaches(model) -> None:
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
     with pytest.raises(TypeError, match="storage is 'int8'; Dense"):
         Cache(model, Window(4), "int8")
+
+
+def test_an_empty_call_of_a_filled_cache_is_refused(model) -> None:
+    """What `generate` makes of a prompt that the cache has seen already."""
+    with attach(model) as own:
+        cache = Cache(own, Window(8))
+        logits(own, cache, random_ids(12))
+        with pytest.raises(ValueError, match="input_ids has 0 tokens for a cache that has seen 12"):
+            logits(own, cache, random_ids(12)[:, :0])
+        assert cache.tokens_seen == 12
