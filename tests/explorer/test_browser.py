@@ -742,8 +742,10 @@ def test_a_live_stream_leaves_the_reader_alone(address: str, watch: Callable[...
     def step(before: str | None = None) -> None:
         said = before or page.get_by_test_id("live-says").inner_text()
         page.wait_for_function(
-            "before => { const says = document.querySelector('[data-testid=live-says]').textContent;"
-            " return says !== before && /^[1-9].* of /.test(says); }",
+            """before => {
+                const says = document.querySelector("[data-testid=live-says]").textContent;
+                return says !== before && /^[1-9].* of /.test(says);
+            }""",
             arg=said,
             timeout=60_000,
         )
@@ -768,16 +770,16 @@ def test_a_live_stream_leaves_the_reader_alone(address: str, watch: Callable[...
     assert page.get_by_test_id("stream-recording").input_value() == "live"
     page.evaluate(
         """() => {
-            window.empty = [];
-            new MutationObserver(() => empty.push(document.querySelector("main").textContent))
+            window.said = [];
+            new MutationObserver(() => said.push(document.querySelector("main").textContent))
                 .observe(document.body, { childList: true, subtree: true, characterData: true });
         }"""
     )
     start("window:64")
     assert page.get_by_test_id("stream-run").locator("option").count() == 2
     page.get_by_test_id("live-stop").click()
-    assert not page.evaluate("() => empty.some(text => text.includes('NaN'))")
-    assert page.evaluate("() => empty.some(text => text.includes('0 slots0 B'))")
+    assert not page.evaluate("() => said.some(text => text.includes('NaN'))")
+    assert page.evaluate("() => said.some(text => text.includes('0 slots0 B'))")
 
 
 def test_a_recording_that_is_not_here_is_named(address: str, watch: Callable[..., Watched]) -> None:
