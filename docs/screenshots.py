@@ -41,10 +41,9 @@ def main() -> None:
             page.wait_for_timeout(1500)
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
             context.close()
-            # Few colours are used, so that a palette of 128 changes little and halves the file.
-            small = picture.quantize(128, dither=Image.Dither.NONE)
             file = folder / f"{name}.png"
-            small.save(file, optimize=True)
+            # In all its colours: a palette would make one of amber and orange.
+            picture.save(file, optimize=True)
             size = file.stat().st_size
             assert size < MOST, f"{file} has {size:,} bytes; at most {MOST:,} are allowed"
             print(f"{file}: {size:,} bytes")

@@ -380,6 +380,60 @@ def test_a_pattern_that_is_none_says_why(address: str, watch: Callable[..., Watc
     check("pattern", page)
 
 
+def test_a_window_far_past_the_grid_is_drawn(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch().page
+    opened(page, address, "pattern", "?pattern=SlidingWindow%28200000000%29")
+    check("pattern", page)
+    slider = page.locator('input[type="range"][id$="-window"]')
+    assert slider.get_attribute("data-value") == "200000000"
+    slider.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('#pattern').value.length < 20")
+    check("pattern", page)
+
+
+def test_a_hundred_keeps_its_zeros(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch().page
+    opened(page, address, "memory", "?preset=llama-3.1-8b&context=99970&window=1000")
+    assert "100 times less" in page.locator("dl.stats").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_ink_on_bars_is_read(scheme: str, address: str, watch: Callable[..., Watched]) -> None:
+    page = watch(color_scheme=scheme).page
+    opened(page, address, "stack")
+    found = page.evaluate(
+        """() => {
+            const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3)
+                .map((c) => c / 255)
+                .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+                .reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0.05);
+            const of = (name) => {
+                const probe = document.body.appendChild(document.createElement("i"));
+                probe.style.color = `var(--${name})`;
+                const found = light(getComputedStyle(probe).color);
+                probe.remove();
+                return found;
+            };
+            return ["orange", "sky", "blue"].map((name) => {
+                const [a, b] = [of(name), of(`on-${name}`)];
+                return Math.max(a, b) / Math.min(a, b);
+            });
+        }"""
+    )
+    assert all(ratio >= 4.5 for ratio in found), found
+    inside = page.locator('main text.label[style*="--on-orange"]')
+    assert inside.count() > 0
+
+
+def test_what_goes_wrong_while_drawing_is_not_blamed_on_the_data(
+    address: str, watch: Callable[..., Watched]
+) -> None:
+    page = watch().page
+    page.route("**/api/page.json", lambda route: route.fulfill(json={}))
+    page.goto(address)
+    assert "could not be drawn" in page.locator(".broken").inner_text()
+
+
 def test_keys_go_everywhere(address: str, watch: Callable[..., Watched]) -> None:
     page = watch().page
     opened(page, address, "memory")
@@ -393,6 +447,10 @@ def test_keys_go_everywhere(address: str, watch: Callable[..., Watched]) -> None
     page.wait_for_function(f"before => {colour} !== before", arg=before)
     page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement !== document.body")
+    opened(page, address, "memory")
+    page.get_by_test_id("axes-log").focus()
+    page.keyboard.press("2")
+    page.wait_for_selector('[data-testid="nav-pattern"][aria-current="page"]')
 
 
 def test_a_slider_that_moved_before_does_not_undo_a_navigation(
@@ -667,6 +725,105 @@ def test_a_live_stream_runs(address: str, watch: Callable[..., Watched]) -> None
     found = numbers(page)
     assert found["stream-0-held"] == "64"
     assert 1 < float(found["stream-0-perplexity"]) < 30
+
+
+def test_a_live_stream_leaves_the_reader_alone(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch().page
+    opened(page, address, "stream")
+
+    def start(policy: str) -> None:
+        said = page.get_by_test_id("live-says").inner_text()
+        page.get_by_test_id("live-policy").fill(policy)
+        page.get_by_test_id("live-limit").fill("100000")
+        page.get_by_test_id("live-start").click()
+        page.wait_for_selector('[data-testid="live-stop"]')
+        step(said)
+
+    def step(before: str | None = None) -> None:
+        said = before or page.get_by_test_id("live-says").inner_text()
+        page.wait_for_function(
+            """before => {
+                const says = document.querySelector("[data-testid=live-says]").textContent;
+                return says !== before && /^[1-9].* of /.test(says);
+            }""",
+            arg=said,
+            timeout=60_000,
+        )
+
+    start("sinks:4+window:60")
+    page.wait_for_selector('[data-testid="stream-recording"]')
+    page.get_by_test_id("stream-recording").select_option("python")
+    step()
+    step()
+    assert page.get_by_test_id("stream-recording").input_value() == "python"
+    page.get_by_test_id("stream-show-0").uncheck()
+    step()
+    step()
+    assert not page.get_by_test_id("stream-show-0").is_checked()
+    page.keyboard.press("1")
+    page.wait_for_selector('nav [data-testid="nav-memory"][aria-current="page"]')
+    page.wait_for_timeout(1000)
+    assert page.url == f"{address}#/memory"
+    # What had come of it is still there, and a second run begins without slots.
+    page.keyboard.press("6")
+    page.wait_for_selector('[data-testid="stream-recording"]')
+    assert page.get_by_test_id("stream-recording").input_value() == "live"
+    page.evaluate(
+        """() => {
+            window.said = [];
+            new MutationObserver(() => said.push(document.querySelector("main").textContent))
+                .observe(document.body, { childList: true, subtree: true, characterData: true });
+        }"""
+    )
+    start("window:64")
+    assert page.get_by_test_id("stream-run").locator("option").count() == 2
+    page.get_by_test_id("live-stop").click()
+    assert not page.evaluate("() => said.some(text => text.includes('NaN'))")
+    assert page.evaluate("() => said.some(text => text.includes('0 slots0 B'))")
+
+
+def test_a_recording_that_is_not_here_is_named(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch().page
+    opened(page, address, "stream", "?rec=elsewhere&run=3&at=777&hide=1")
+    assert "“elsewhere”" in page.get_by_test_id("stream-missing").inner_text()
+    page.wait_for_selector('[data-testid="stream-at"]')
+    assert page.get_by_test_id("stream-at").get_attribute("data-value") != "777"
+    assert page.get_by_test_id("stream-show-1").is_checked()
+    scrubbed(page, 1_234)
+    page.wait_for_function("() => location.hash === '#/stream?at=1234'")
+    assert page.get_by_test_id("stream-missing").count() == 0
+
+
+def test_a_table_that_scrolls_keeps_its_keys(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch(viewport=PHONE).page
+    opened(page, address, "stream", "?rec=python&at=500")
+    page.wait_for_selector('[data-testid="stream-at"][data-value="500"]')
+    page.locator(".life .scroll").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('.life .scroll').scrollLeft > 0")
+    assert page.get_by_test_id("stream-at").get_attribute("data-value") == "500"
+
+
+def test_a_label_breaks_within_its_policy(address: str, watch: Callable[..., Watched]) -> None:
+    page = watch().page
+    opened(page, address, "stream", "?rec=python")
+    page.wait_for_selector('[data-testid="stream-show-0"]')
+    lines = page.evaluate(
+        """() => [...document.querySelectorAll(".panel .check span")].flatMap((span) => {
+            const [lines, range] = [new Map(), document.createRange()];
+            const walker = document.createTreeWalker(span, NodeFilter.SHOW_TEXT);
+            for (let node = walker.nextNode(); node; node = walker.nextNode())
+                for (let k = 0; k < node.length; k++) {
+                    range.setStart(node, k);
+                    range.setEnd(node, k + 1);
+                    const top = Math.round(range.getBoundingClientRect().top);
+                    lines.set(top, (lines.get(top) ?? "") + node.data[k]);
+                }
+            return [...lines.values()].slice(0, -1);
+        })"""
+    )
+    assert lines
+    assert all(line.rstrip().endswith((",", ":")) for line in lines), lines
 
 
 def test_a_live_stream_that_can_not_be_is_refused_in_a_sentence(

@@ -445,6 +445,7 @@ def test_patterns_see_the_pairs_that_pythons_see_and_print_alike() -> None:
         "__import__('os')",
         "~" * 300 + "Causal()",
         f"SlidingWindow({2**49})",
+        "|".join(["Full()"] * 20_000),
     ],
 )
 def test_texts_that_python_refuses_are_refused_in_one_sentence(text: str) -> None:

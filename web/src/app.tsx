@@ -135,7 +135,7 @@ function toMain(event: Event): void {
 
 function writes(target: EventTarget | null): boolean {
   if (!(target instanceof HTMLElement)) return false;
-  if (target instanceof HTMLInputElement) return target.type !== "range" && target.type !== "checkbox";
+  if (target instanceof HTMLInputElement) return !["range", "checkbox", "radio"].includes(target.type);
   return target instanceof HTMLTextAreaElement || target instanceof HTMLSelectElement;
 }
 

@@ -187,7 +187,7 @@ export function Choice<T extends string>({ id, label, value, options, set }: Cho
   );
 }
 
-export function Check({ id, label, value, set }: { id: string; label: string; value: boolean; set: (value: boolean) => void }) {
+export function Check({ id, label, value, set }: { id: string; label: ComponentChildren; value: boolean; set: (value: boolean) => void }) {
   return (
     <label class="control check">
       <input id={id} data-testid={id} type="checkbox" checked={value} onChange={(event) => set(event.currentTarget.checked)} />

@@ -7,7 +7,7 @@ export { fixed, grouped, shown } from "./model/quantities";
 type Count = number | bigint;
 
 /** Three digits, without a power of ten where Python's `g` has none. */
-function three(value: number): string {
+export function three(value: number): string {
   const text = value.toPrecision(3);
   return text.includes("e") ? String(Number(text)) : text.includes(".") ? text.replace(/\.?0+$/, "") : text;
 }

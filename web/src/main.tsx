@@ -5,12 +5,21 @@ import * as twin from "./model";
 import "./styles.css";
 
 async function start(root: HTMLElement): Promise<void> {
+  const broken = (what: string) => (error: unknown) => {
+    const why = error instanceof Error ? error.message : String(error);
+    render(
+      <p class="broken">
+        {what}: {why}.
+      </p>,
+      root,
+    );
+  };
+  const page = await load().catch(broken("The explorer's data did not come"));
+  if (!page) return;
   try {
-    const page = await load();
     render(<App page={page} />, root);
   } catch (error) {
-    const why = error instanceof Error ? error.message : String(error);
-    render(<p class="broken">The explorer's data did not come: {why}.</p>, root);
+    broken("The explorer could not be drawn")(error);
   }
 }
 

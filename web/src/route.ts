@@ -10,7 +10,7 @@ export interface Route {
   params: Params;
 }
 
-export function parseRoute(hash: string): Route {
+function parseRoute(hash: string): Route {
   const [path, query = ""] = hash.replace(/^#\/?/, "").split("?", 2);
   const view = VIEWS.find((each) => each === path) ?? "memory";
   const params: Record<string, string> = Object.create(null);

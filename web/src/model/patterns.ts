@@ -45,6 +45,8 @@ const ALLOWED = `allowed are ${NAMES.join(", ")}, joined by &, | and ~`;
 const MOST = 2 ** 48;
 /** Deeper than anybody writes, and far from where a browser's stack ends. */
 const DEEPEST = 100;
+/** Longer than anybody writes; of so many joined patterns, what walks through them fits a browser's stack. */
+const LONGEST = 10_000;
 
 type Value = number | boolean | number[];
 
@@ -129,6 +131,7 @@ interface Token {
 
 /** The pattern that a text names, such as `SlidingWindow(4096) | Sinks(4)`. */
 export function parse(text: string): Pattern {
+  if (text.length > LONGEST) throw new Wrong(`pattern has ${text.length} characters; at most ${LONGEST} are allowed`);
   const tokens = read(text);
   let next = 0;
   const peek = () => tokens[next]?.text ?? "";

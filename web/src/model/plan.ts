@@ -83,7 +83,7 @@ export interface Plan {
 }
 
 /** Bytes of one token's keys and values in one layer. */
-export function tokenBytes(spec: Spec, storage: Storage): bigint {
+function tokenBytes(spec: Spec, storage: Storage): bigint {
   if (spec.latent) {
     if (storage !== "dense")
       throw new Error(`storage ${storage}: ${spec.name} has latent attention, and its latents are held dense`);
@@ -108,7 +108,7 @@ interface Layers {
 }
 
 /** The model's layers under a policy, those with one window together, in order. */
-export function layersOf(spec: Spec, policy: Policy | null): Layers[] {
+function layersOf(spec: Spec, policy: Policy | null): Layers[] {
   const counts = new Map<number | null, number>();
   for (const window of spec.windows) counts.set(window, (counts.get(window) ?? 0) + 1);
   const hybrid = counts.has(null);

@@ -12,7 +12,7 @@ export interface View {
 }
 
 /** At each grid point `min(tokens, kept)` slots stay, and every token since is held. */
-export function capped(kept: bigint | null, block = 1n): View {
+function capped(kept: bigint | null, block = 1n): View {
   if (kept === null) return { key: "all", read: (n) => n, pairs: upTo };
   return {
     key: `capped ${kept} ${block}`,

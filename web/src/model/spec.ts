@@ -65,7 +65,7 @@ export function apart(spec: Spec): number {
   return spec.vocabulary * spec.hidden * (spec.tied ? 1 : 2) + spec.aside;
 }
 
-export function activeParameters(spec: Spec): number {
+function activeParameters(spec: Spec): number {
   return spec.active ?? spec.parameters;
 }
 

@@ -31,6 +31,9 @@ const TEXT_HEIGHT = 240;
 const POINTS = 360;
 const SPEEDS = ["10", "100", "1000", "10000"] as const;
 
+/** The latest live recording and what it was asked of: it outlasts the view, for who looks at another and comes back. */
+const kept: { live: Recording | null; text: string } = { live: null, text: "" };
+
 /** A mark of a run: its letter, and the colour of what tells it apart. */
 interface Mark {
   letter: string;
@@ -41,11 +44,12 @@ interface Mark {
 export function StreamView({ page, params, set }: ViewProps) {
   const heads = page.recordings as RecordingHead[];
   const offer = (page as Page & { live?: LiveOffer }).live ?? null;
-  const [live, setLive] = useState<Recording | null>(null);
+  const [live, setLive] = useState(kept.live);
   const [held, setHeld] = useState<Recording | null>(null);
   const [broken, setBroken] = useState("");
   const names = [...heads.map((head) => head.name), ...(live ? ["live"] : [])];
   const name = oneOf(params.rec, names, live && !params.rec ? "live" : names[0]);
+  const missing = params.rec && params.rec !== name ? params.rec : null;
 
   useEffect(() => {
     const head = heads.find((each) => each.name === name);
@@ -64,25 +68,33 @@ export function StreamView({ page, params, set }: ViewProps) {
   const [going, setGoing] = useState({ on: false, says: "", wrong: "" });
   const [, setSteps] = useState(0);
   const follow = useRef(true);
+  const looked = useRef(name);
+  looked.current = name;
   useEffect(() => () => running.current?.abort(), []);
-  const same = useRef("");
   const [fields, change] = useState(() => offer && blank(offer));
   const start = (ask: Ask, title: string) => {
     const control = new AbortController();
     running.current = control;
     const text = JSON.stringify([ask.source, ask.limit, ask.text]);
-    const into = text === same.current ? live : null;
-    same.current = text;
+    const into = text === kept.text ? kept.live : null;
+    let begun = false;
     follow.current = true;
     setGoing({ on: true, says: "The model loads …", wrong: "" });
     watch(ask, title, into, control.signal, (recording, run) => {
+      // What had come before the stop is still read, maybe under another view's address.
+      if (control.signal.aborted) return;
+      kept.live = recording;
+      kept.text = text;
       setLive(recording);
       setSteps((count) => count + 1);
-      set({ rec: "live", run: recording.runs.indexOf(run), hide: null, ...(follow.current && run.tokens ? { at: run.last } : {}) });
+      if (!begun) {
+        begun = true;
+        looked.current = "live";
+        set({ rec: "live", run: recording.runs.indexOf(run), hide: null });
+      } else if (follow.current && looked.current === "live" && run.tokens) set({ at: run.last });
       setGoing({ on: !run.ended, says: `${grouped(run.tokens)} of ${grouped(run.about.tokens)} tokens${run.ended ? ": done" : ""}`, wrong: "" });
     }).catch((error: unknown) => {
       const aborted = control.signal.aborted;
-      same.current = aborted ? same.current : "";
       setGoing((was) => ({ on: false, says: aborted ? `Stopped. ${was.says}` : "", wrong: aborted ? "" : `${(error as Error).message}` }));
     });
   };
@@ -104,13 +116,21 @@ export function StreamView({ page, params, set }: ViewProps) {
           what it holds, what it has let go, and what that costs in surprise at the next letter.
         </p>
       </header>
+      {missing !== null && (
+        <p class="wrong" role="status" data-testid="stream-missing">
+          {missing === "live"
+            ? "The address asks for a run made here, which ended with its page"
+            : `The address asks for the recording “${missing}”, which isn’t here`}
+          {names.length ? "; another one is shown." : "."}
+        </p>
+      )}
       {recording && recording.runs.some((run) => run.tokens > 1) ? (
         <Watched
           key={name}
           recording={recording}
           size={recording.runs.reduce((sum, run) => sum + run.tokens, 0)}
-          params={params}
-          set={set}
+          params={missing === null ? params : { ...params, at: "", run: "", hide: "" }}
+          set={missing === null ? set : (patch) => set({ rec: null, at: null, run: null, hide: null, ...patch })}
           touched={() => (follow.current = false)}
           choose={
             recordings.length > 1 ? (
@@ -224,6 +244,8 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
     const press = (event: KeyboardEvent) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const target = event.target as HTMLElement;
+      // What scrolls takes these keys itself.
+      if (target instanceof Element && target.closest(".scroll")) return;
       const types = target instanceof HTMLInputElement ? target.type : target.tagName;
       if (/^(text|TEXTAREA|SELECT)$/.test(types)) return;
       if (event.key === " ") {
@@ -386,7 +408,7 @@ function Watched({ recording, size, params, set, touched, choose, form }: Watche
             <Check
               key={each.key}
               id={`stream-show-${k}`}
-              label={`${marks[k].letter}  ${each.name}`}
+              label={breaking(`${marks[k].letter}\u00a0\u00a0${each.name}`)}
               value={!hidden.has(String(k))}
               set={(value) => {
                 const next = new Set(hidden);
@@ -654,6 +676,11 @@ function of(run: Run, at: number, all: boolean): number {
 
 function number(value: number): string {
   return Number.isNaN(value) ? "–" : value < 100 ? fixed(value, 3) : grouped(Math.round(value));
+}
+
+/** A policy's text, which may go on in another line after a comma or a colon. */
+function breaking(text: string): preact.ComponentChildren {
+  return text.split(/(?<=[,:])/).flatMap((part, k) => (k ? [<wbr key={k} />, part] : [part]));
 }
 
 function excerpt(recording: Recording, at: number): string {

@@ -38,7 +38,7 @@ export function inkOf(element: Element): Ink {
 }
 
 /** The canvas's context, with a pixel for each of the screen's. */
-export function prepared(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
+function prepared(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
   const ratio = Math.min(3, devicePixelRatio || 1);
   const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== w || canvas.height !== h) {
@@ -106,7 +106,7 @@ export function textColumns(canvas: HTMLCanvasElement, width: number, ink: Ink):
   return Math.max(16, Math.floor((width - 8) / (TEXT_SIZE * advance(canvas.getContext("2d")!, ink.mono))));
 }
 
-export function textRows(height: number): number {
+function textRows(height: number): number {
   return Math.floor(height / TEXT_LINE);
 }
 
@@ -213,7 +213,7 @@ export function textAt(canvas: HTMLCanvasElement, x: number, y: number, height: 
 
 // A cache ------------------------------------------------------------------------------------------
 
-export function kindInk(kind: number, ink: Ink): string {
+function kindInk(kind: number, ink: Ink): string {
   return kind === SINK ? ink.amber : kind === HEAVY ? ink.pink : kind === POOLED ? ink.green : ink.blue;
 }
 

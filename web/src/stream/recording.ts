@@ -69,7 +69,7 @@ export interface LiveOffer {
 }
 
 export const SINK = 0;
-export const RECENT = 1;
+const RECENT = 1;
 export const HEAVY = 2;
 export const POOLED = 3;
 export const KINDS = ["sinks", "window", "heavy hitters", "pooled"] as const;
@@ -178,6 +178,7 @@ export class Run {
 
   /** How many slots the query at `p` sees. */
   held(p: number): number {
+    if (!this.tokens) return 0;
     this.count();
     const t = Math.min(p, this.last);
     const { rate } = this.about;

@@ -3,7 +3,7 @@ import type { ViewProps } from "../app";
 import { around, type Axis } from "../chart/scale";
 import { Plot, type Line } from "../chart/plot";
 import { AsText, Choice, doublings, Panel, Stat, TokensSlider } from "../controls";
-import { fixed, grouped, power, scaled, short, shown, tokens } from "../format";
+import { fixed, grouped, power, scaled, short, shown, three, tokens } from "../format";
 import { cacheBytes, plan, prefill, type Asked, type Phase } from "../model/plan";
 import { slidingWindow, type Policy } from "../model/policies";
 import { unbounded, type Spec } from "../model/spec";
@@ -250,7 +250,7 @@ function nearest(n: number): number {
 }
 
 function times(ratio: number): string {
-  return `${ratio >= 100 ? grouped(Math.round(ratio)) : ratio.toPrecision(3).replace(/\.?0+$/, "")} times`;
+  return `${ratio >= 100 ? grouped(Math.round(ratio)) : three(ratio)} times`;
 }
 
 function scaledText(count: bigint): string {

@@ -375,7 +375,7 @@ function Knobs({ number, pattern, n, set }: KnobsProps) {
       key={name}
       id={`knob-${number}-${name}`}
       label={`${pattern.kind}: ${label}`}
-      stops={range(least, Math.max(n, value))}
+      stops={value > n ? [...range(least, n), value] : range(least, n)}
       value={value}
       show={String}
       set={(next) => set(change(next))}

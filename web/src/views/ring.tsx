@@ -323,7 +323,7 @@ function Heat({ work: found, step }: { work: Work; step: number }) {
           <rect key={r} class="frame" x={margin + ((r - step + size) % size) * cell - 0.5} y={margin + r * cell - 0.5} width={cell - 0.5} height={cell - 0.5} />
         ))}
       </Drawing>
-      <p class="note">The darker, the more pairs. Framed: what is computed in this step, one field a process.</p>
+      <p class="note">The stronger the colour, the more pairs. Framed: what is computed in this step, one field a process.</p>
     </div>
   );
 }

@@ -164,6 +164,7 @@ function Waterfall({ id, title, bars, log, says }: { id: string; title: string; 
           const y = top + k * row;
           const end = at(bar.value);
           const last = k === bars.length - 1;
+          const colour = k === 0 ? "orange" : last ? "blue" : "sky";
           const inside = end > width - 190;
           return (
             <g key={k}>
@@ -171,8 +172,8 @@ function Waterfall({ id, title, bars, log, says }: { id: string; title: string; 
                 {bar.name}
               </text>
               {bar.ratio !== null && <rect class="gone" x={end} y={y + 22} width={Math.max(0, at(bar.from) - end)} height={18} />}
-              <rect class={k === 0 ? "fill-orange" : last ? "fill-blue" : "fill-sky"} x={0} y={y + 22} width={Math.max(2, end)} height={18} rx={1.5} />
-              <text class={`label${inside ? "" : " halo"}`} x={inside ? end - 8 : end + 8} y={y + 31} dy="0.36em" text-anchor={inside ? "end" : "start"} style={inside ? { fill: "var(--on-bar)" } : undefined}>
+              <rect class={`fill-${colour}`} x={0} y={y + 22} width={Math.max(2, end)} height={18} rx={1.5} />
+              <text class={`label${inside ? "" : " halo"}`} x={inside ? end - 8 : end + 8} y={y + 31} dy="0.36em" text-anchor={inside ? "end" : "start"} style={inside ? { fill: `var(--on-${colour})` } : undefined}>
                 {shown(bar.value)}
                 {bar.ratio !== null && `  ÷ ${fixed(bar.ratio, 2)}`}
               </text>
